@@ -1,0 +1,67 @@
+"""Operations on image batches on the device: crop, flip, normalise. Pure functions.
+
+Shapes: N samples, B of them in a batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Windows:
+    """All crops of a set of images that keep the image's size, as one strided view without a copy.
+
+    Args:
+        images_NHWC: uint8.
+        pad_px: zeros that are put around each image, so that a corner may lie in [-pad, pad].
+    """
+
+    def __init__(self, images_NHWC: Tensor, pad_px: int) -> None:
+        self.pad_px = pad_px
+        height, width = images_NHWC.shape[1:3]
+        padded_NHWC = F.pad(images_NHWC, (0, 0, pad_px, pad_px, pad_px, pad_px)).contiguous()
+        # (N, 2 pad + 1, 2 pad + 1, C, H, W): element [n, top + pad, left + pad] is one crop.
+        self.crops = padded_NHWC.unfold(1, height, 1).unfold(2, width, 1)
+
+
+def crop_and_flip(windows: Windows, positions: Tensor, rows: Tensor) -> Tensor:
+    """Executes rows of the view table, for images that are not resampled.
+
+    Args:
+        windows: of the set.
+        positions: int64 (B,), which images.
+        rows: int64 (B, 5), their (top, left, height, width, flip); height and width are the
+            image's own.
+
+    Returns:
+        uint8 (B, C, H, W) in channels-last memory, pixels as stored, zeros outside the image.
+    """
+    crops_BCHW = windows.crops[positions, rows[:, 0] + windows.pad_px, rows[:, 1] + windows.pad_px]
+    crops_BCHW = crops_BCHW.contiguous(memory_format=torch.channels_last)
+    flipped_BCHW = crops_BCHW.flip(3)
+    return torch.where(rows[:, 4].bool()[:, None, None, None], flipped_BCHW, crops_BCHW)
+
+
+class Normaliser:
+    """Pixels 0..255 -> (pixel / 255 - mean) / std of each channel, as one multiply-add.
+
+    Args:
+        mean, std: of each channel, in units of the full range 0..1.
+        device: where batches live.
+        dtype: of the result; the arithmetic is fp32.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype) -> None:
+        std_C = torch.tensor(std, dtype=torch.float64)
+        mean_C = torch.tensor(mean, dtype=torch.float64)
+        self._scale = (1 / (255 * std_C)).float().view(1, -1, 1, 1).to(device)
+        self._shift = (-mean_C / std_C).float().view(1, -1, 1, 1).to(device)
+        self._dtype = dtype
+
+    def __call__(self, images_NCHW: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> the same shape and memory format in the wanted dtype."""
+        return torch.addcmul(self._shift, images_NCHW.float(), self._scale).to(self._dtype)

@@ -1,0 +1,120 @@
+"""Files that matter: written beside and renamed, so a kill at any instant leaves the old or the new."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from fastgen.errors import UserError
+
+CHECKPOINT_FORMAT = 1
+METADATA_KEY = "fastgen"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a whole file or nothing.
+
+    Raises:
+        OSError: the disk is full, or the folder may not be written to; the old file is untouched.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON; refuses NaN, which JSON has no word for."""
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Saves a training's whole state: tensors and plain values."""
+    buffer = io.BytesIO()
+    torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Loads what `save_checkpoint` saved; a file from elsewhere runs no code.
+
+    Raises:
+        UserError: the file is damaged, or of another format.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: is damaged ({_first_line(error)}): delete it, and this generation starts afresh") from None
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: is no checkpoint of this version of fastgen: delete it, and this generation starts afresh")
+    return state
+
+
+def save_weights(path: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
+    """Saves a network's parameters and buffers as safetensors, with its description as metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(dict(description))}
+    write_atomically(path, to_safetensors(tensors, metadata))
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a safetensors file.
+
+    Returns:
+        tensors by name, and the description that `save_weights` wrote ({} where there is none).
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            description = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such weights file") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: is no safetensors file, or damaged ({_first_line(error)})") from None
+    return tensors, description
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Loads a network's weights from a safetensors file.
+
+    Raises:
+        UserError: they belong to another architecture or another number of classes; the line
+            names the first tensor that differs.
+    """
+    tensors, _ = read_weights(path)
+    expected = model.state_dict()
+    for name in [*expected, *tensors]:
+        wanted, found = _shape(expected.get(name)), _shape(tensors.get(name))
+        if wanted != found:
+            raise UserError(f"{path}: is of another network: {name} is {found}, the recipe's model has {wanted}")
+    model.load_state_dict(tensors)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{tuple(tensor.shape)}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__

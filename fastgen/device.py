@@ -1,0 +1,29 @@
+"""Chooses the device and sets what torch lets be set for the whole process alone."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fastgen.config import RunSettings
+from fastgen.errors import UserError
+
+
+def choose_device(run: RunSettings) -> torch.device:
+    """The device that the recipe asks for; `auto` is the GPU where there is one.
+
+    Raises:
+        UserError: `cuda` is asked for and there is none.
+    """
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device = cuda: torch sees no GPU here: set run.device=cpu or auto")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device
+    if kind == "cuda":
+        # Shapes are fixed in a run, so the fastest algorithm of each layer is worth finding once.
+        torch.backends.cudnn.benchmark = not run.deterministic
+    if run.deterministic:
+        # cuBLAS reads this when it starts; without it torch refuses its matrix products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(run.deterministic)
+    return torch.device(kind)

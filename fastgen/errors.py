@@ -1,0 +1,82 @@
+"""What can end a run, and the exit code each end has.
+
+One line for the person, no traceback: a mistake that the user can mend exits with 2, a fault of
+the machine with 1, a stop that was asked for by a signal with 128 + its number.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+
+
+class FastgenError(Exception):
+    """An end of the run that is told in one line."""
+
+    exit_code = 1
+
+
+class UserError(FastgenError):
+    """The recipe, a path or the data must be changed; the text says how."""
+
+    exit_code = 2
+
+
+class MachineError(FastgenError):
+    """The machine failed: a full disk, a device that is not there."""
+
+
+class Diverged(FastgenError):
+    """The loss became infinite or not a number."""
+
+
+class Stopped(FastgenError):
+    """A signal asked for a stop; everything up to the last finished step is saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number
+
+
+def as_one_line(error: OSError) -> FastgenError:
+    """Tells an operating-system error as the user's mistake or as the machine's fault."""
+    place = f"{error.filename}: " if error.filename else ""
+    reason = error.strerror or str(error)
+    if error.errno in MACHINE_FAULTS:
+        return MachineError(f"{place}{reason}. Free some space or name another place with run.dir and run.nodes; the run then resumes.")
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return UserError(f"{place}{reason}. Name a place that you may write to with run.dir and run.nodes.")
+    return MachineError(f"{place}{reason}")
+
+
+def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """Runs a command's main function and turns its end into an exit code.
+
+    Args:
+        main: takes the words of the command line.
+        arguments: those words, without the program's name.
+
+    Returns:
+        0, or the exit code of the error, after its one line went to standard error.
+    """
+    try:
+        main(arguments)
+    except FastgenError as error:
+        print(f"fastgen: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); there is nobody left to tell.
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        told = as_one_line(error)
+        print(f"fastgen: {told}", file=sys.stderr)
+        return told.exit_code
+    except KeyboardInterrupt:
+        print("fastgen: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0

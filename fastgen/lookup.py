@@ -1,0 +1,59 @@
+"""Finds the teacher that a recipe names itself: a run folder, a node, or a weights file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from fastgen.checkpoint import read_weights
+from fastgen.config import Recipe
+from fastgen.data.split import Dataset
+from fastgen.errors import UserError
+from fastgen.evaluate import load_network
+from fastgen.nodes import Node, find_node
+from fastgen.plan import Teacher
+
+
+def find_teacher(recipe: Recipe, dataset: Dataset) -> Teacher | None:
+    """What `gen.teacher` leads to, or None where the recipe names no teacher.
+
+    A run folder stands for its generation before `gen.only`.
+
+    Raises:
+        UserError: there is no such teacher, it is not trained, or it is of another network, number
+            of classes or data set.
+    """
+    if recipe.gen.teacher is None:
+        return None
+    import torch
+
+    weights = _weights_of(recipe, recipe.gen.teacher)
+    _, description = read_weights(weights)
+    trained_on = description.get("dataset", recipe.data.dataset)
+    if trained_on != recipe.data.dataset:
+        raise UserError(f"gen.teacher = {recipe.gen.teacher}: was trained on {trained_on}, the recipe's data set is {recipe.data.dataset}")
+    load_network(recipe, dataset, weights, torch.device("cpu"))
+    node = Node(weights.resolve().parent)
+    identity = node.id if node.finished else f"file:{hashlib.sha256(weights.read_bytes()).hexdigest()}"
+    return Teacher(identity, str(weights))
+
+
+def _weights_of(recipe: Recipe, name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    if (path / "plan.json").exists():
+        before = (recipe.gen.only or 0) - 1
+        return _trained(Node(path / f"generation_{before}"), f"{name}: generation {before} of this run")
+    if path.is_dir():
+        return _trained(Node(path), f"{name}: this node")
+    node = find_node(Path(recipe.run.nodes or "."), name)
+    if node is None:
+        raise UserError(f"gen.teacher = {name}: is no run folder, no weights file, and no trained node of {recipe.run.nodes}")
+    return node.weights
+
+
+def _trained(node: Node, what: str) -> Path:
+    if not node.finished:
+        raise UserError(f"gen.teacher = {what} is not trained to its end: resume that run first")
+    return node.weights

@@ -1,0 +1,100 @@
+"""The objectives in plain PyTorch: the CPU's path, and the reference that every kernel must equal.
+
+Shapes: B rows, C classes. Softmax, ranking and sums are fp32 whatever the logits' dtype (fp64 stays
+fp64). Source: Yang, Xie, Qiao, Yuille, arXiv 1805.05551 v1, Eqns (3) and (4); the AAAI 2019 version
+swaps the meaning of eta and lambda.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.laws import eta_for_confidence, ideal_confidence
+from fastgen.plan import Objective
+
+__all__ = ["Loss", "distill", "eta_for_confidence", "ideal_confidence", "make_loss", "score_difference", "tolerant"]
+
+# (logits, labels, teacher's logits or None) -> mean loss
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def tolerant(logits_BC: Tensor, labels_B: Tensor, eta: float, k: int) -> Tensor:
+    """Objective of the tolerant patriarch: (1-eta) CE(y, p) + eta [p_a1 - mean(p_a2 .. p_aK)].
+
+    a_1 is the class that the network ranks first, not the label.
+
+    Args:
+        logits_BC: fp16, bf16, fp32 or fp64.
+        labels_B: int64.
+        eta: weight of the score difference, in [0, 1]; 0 is plain cross-entropy.
+        k: K, number of classes in the score difference, 2..C; not looked at where eta is 0.
+
+    Returns:
+        Mean over the batch, fp32 (fp64 for fp64 logits).
+    """
+    logits_BC = _at_least_fp32(logits_BC)
+    cross_entropy = F.cross_entropy(logits_BC, labels_B)
+    if eta == 0:
+        return cross_entropy
+    return (1 - eta) * cross_entropy + eta * score_difference(logits_BC, k).mean()
+
+
+def score_difference(logits_BC: Tensor, k: int) -> Tensor:
+    """S = p_a1 - mean(p_a2 .. p_aK) of each row; among equal logits the lowest class ranks first.
+
+    Args:
+        logits_BC: fp32 or fp64.
+        k: K, 2..C.
+
+    Returns:
+        (B,), in the logits' dtype.
+    """
+    # Ranked on logits: where probabilities underflow to equal zeros, logits still differ.
+    # torch.topk promises no order among equals, a stable sort does.
+    ranked_BC = logits_BC.detach().sort(dim=1, descending=True, stable=True).indices
+    topk_BK = logits_BC.softmax(dim=1).gather(1, ranked_BC[:, :k])
+    return topk_BK[:, 0] - topk_BK[:, 1:].mean(dim=1)
+
+
+def distill(
+    logits_BC: Tensor, labels_B: Tensor, teacher_logits_BC: Tensor, teacher_weight: float, temperature: float = 1.0
+) -> Tensor:
+    """Objective of a student: (1-lambda) CE(y, p) + lambda t^2 KL(teacher^(1/t) || p^(1/t)).
+
+    At temperature t = 1 this is Eqn (4); t^2 keeps the gradient's size (Hinton, Vinyals, Dean, 2015).
+
+    Args:
+        logits_BC: fp16, bf16, fp32 or fp64.
+        labels_B: int64.
+        teacher_logits_BC: any of the same dtypes; no gradient flows into it.
+        teacher_weight: lambda, in [0, 1].
+        temperature: above 0.
+
+    Returns:
+        Mean over the batch, fp32 (fp64 for fp64 logits).
+    """
+    logits_BC = _at_least_fp32(logits_BC)
+    teacher_logits_BC = teacher_logits_BC.detach().to(logits_BC.dtype)
+    student_log_BC = F.log_softmax(logits_BC / temperature, dim=1)
+    teacher_log_BC = F.log_softmax(teacher_logits_BC / temperature, dim=1)
+    divergence = F.kl_div(student_log_BC, teacher_log_BC, reduction="batchmean", log_target=True)
+    return (1 - teacher_weight) * F.cross_entropy(logits_BC, labels_B) + teacher_weight * temperature**2 * divergence
+
+
+def make_loss(objective: Objective) -> Loss:
+    """The function that a generation minimises."""
+
+    def loss(logits_BC: Tensor, labels_B: Tensor, teacher_logits_BC: Tensor | None) -> Tensor:
+        if teacher_logits_BC is None:
+            return tolerant(logits_BC, labels_B, objective.eta, objective.k)
+        return distill(logits_BC, labels_B, teacher_logits_BC, objective.teacher_weight, objective.temperature)
+
+    return loss
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,112 @@
+"""What the person sees while a generation trains: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from fastgen.meters import Reading
+
+PLAIN_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One generation, as the display needs to know it.
+
+    Attributes:
+        index, last_index: of this generation and of the run's last one.
+        role: `patriarch`, `student` or `independent`.
+        first_step, total_steps: where this session begins, and how long the generation is.
+        steps_per_epoch: to tell the epoch.
+        images: training images an epoch.
+        generations_left: still to be trained after this one.
+    """
+
+    index: int
+    last_index: int
+    role: str
+    first_step: int
+    total_steps: int
+    steps_per_epoch: int
+    images: int
+    generations_left: int
+
+
+class Display:
+    """Shows one generation at a time.
+
+    Args:
+        console: where to; a console that is no terminal gets plain lines.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+
+    def begin(self, leg: Leg) -> None:
+        """Starts a generation."""
+        self._leg, self._step = leg, leg.first_step
+        self._started = self._printed = time.monotonic()
+        self._latest = ""
+        if self._console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def stepped(self, step: int) -> None:
+        """Notes a finished step; costs nothing and does not wait for the device."""
+        self._step = step
+
+    def log(self, reading: Reading, lr: float) -> None:
+        """Notes what was read from the device, and prints a plain line where it is time for one."""
+        self._latest = f"loss {reading.loss:.3f}  accuracy {100 * reading.accuracy:.1f} %  lr {lr:g}"
+        done = self._step >= self._leg.total_steps
+        if self._live is None and (done or time.monotonic() - self._printed >= PLAIN_SECONDS):
+            self._printed = time.monotonic()
+            self._console.print(self._line(), highlight=False, soft_wrap=True)
+
+    def end(self) -> None:
+        """Ends a generation, also one that was broken off."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def say(self, text: str) -> None:
+        """Prints a line beside the progress."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _rate(self) -> float:
+        """Steps a second of this session, evaluations and savings included."""
+        return (self._step - self._leg.first_step) / max(time.monotonic() - self._started, 1e-9)
+
+    def _line(self) -> str:
+        leg = self._leg
+        epochs = -(-leg.total_steps // leg.steps_per_epoch)
+        epoch = min(self._step // leg.steps_per_epoch + 1, epochs)
+        rate = self._rate()
+        images_per_second = rate * leg.images / leg.steps_per_epoch
+        here = (leg.total_steps - self._step) / rate if rate else None
+        run = here + leg.generations_left * leg.total_steps / rate if here is not None else None
+        left = f"left {_clock(here)}, of the run about {_clock(run)}"
+        return (
+            f"generation {leg.index}/{leg.last_index} {leg.role}  epoch {epoch}/{epochs}  "
+            f"{images_per_second:,.0f} images/s  {self._latest}  {left}"
+        )
+
+    def _render(self) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(ProgressBar(total=self._leg.total_steps, completed=self._step, width=24), self._line())
+        return grid
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

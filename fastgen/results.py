@@ -1,0 +1,145 @@
+"""What is known of each generation once it is trained: the rows of results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen.config import Recipe, hash_of
+from fastgen.data import build_loader
+from fastgen.evaluate import evaluation_normaliser, load_network, measure, measure_ensemble
+from fastgen.laws import confidence_for_eta, ideal_confidence
+from fastgen.meters import Stopwatch
+from fastgen.nodes import Node
+from fastgen.plan import Generation
+from fastgen.trainer import Workbench
+from fastgen.views import evaluation_views
+
+# Raised whenever the same network starts to be measured otherwise.
+MEASUREMENT_FORMAT = 1
+
+
+class Results:
+    """Rows of the generations of a run, in order, and the ensemble that they form."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self._labels = torch.from_numpy(bench.dataset.evaluation.labels).to(bench.device)
+        self._members: dict[int, Tensor] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, generation: Generation, node: Node) -> dict[str, Any]:
+        """Measures a finished node and adds its row.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        measured, self._members[generation.index] = _measure_node(self._bench, node)
+        row = _row(self._bench, generation, node, measured)
+        row |= self._ensemble(generation.index) | self._laws(generation, row)
+        self.rows.append(row)
+        return row
+
+    def as_dict(self) -> dict[str, Any]:
+        """Content of results.json."""
+        recipe, dataset = self._bench.recipe, self._bench.dataset
+        return {
+            "recipe": recipe.as_dict(),
+            "dataset": recipe.data.dataset,
+            "model": recipe.model.name,
+            "evaluated_on": dataset.evaluated_on,
+            "train_images": len(dataset.train),
+            "generations": self.rows,
+        }
+
+    def _ensemble(self, last: int) -> dict[str, Any]:
+        members = [self._members.get(index) for index in range(last + 1)]
+        if any(member is None for member in members):
+            return {"ensemble_top1_error": None, "ensemble_top5_error": None}
+        measured = measure_ensemble([m for m in members if m is not None], self._labels, self._bench.recipe.gen.k)
+        return {"ensemble_top1_error": measured.top1_error, "ensemble_top5_error": measured.top5_error}
+
+    def _laws(self, generation: Generation, row: dict[str, Any]) -> dict[str, Any]:
+        """The confidence of exact minimisers, and the same from the patriarch's measured top-K share."""
+        ideal = generation.ideal
+        patriarch = self.rows[0] if self.rows else row
+        if ideal is None or patriarch["generation"] != 0:
+            return {"ideal_confidence": ideal, "ideal_confidence_at_share": None}
+        recipe = self._bench.recipe
+        start = confidence_for_eta(recipe.eta, recipe.gen.k, patriarch["topk_share"])
+        weights = [recipe.teacher_weight(g) for g in range(1, generation.index + 1)]
+        return {
+            "ideal_confidence": ideal,
+            "ideal_confidence_at_share": ideal_confidence(start, weights, generation.index),
+        }
+
+
+def _measure_node(bench: Workbench, node: Node) -> tuple[dict[str, Any], Tensor]:
+    """Measures a node on the evaluation set, and on the training set unless that is known already.
+
+    The measurements are kept in the node, under a name that depends on all they depend on.
+    """
+    recipe, dataset, stop = bench.recipe, bench.dataset, bench.stop
+    model = load_network(recipe, dataset, node.weights, bench.device)
+    normalise = evaluation_normaliser(dataset, bench.device)
+    stopwatch = Stopwatch(bench.device)
+    with stopwatch.phase("evaluate"):
+        views = evaluation_views(dataset.evaluation.ids, dataset.crop)
+        k = recipe.gen.k
+        evaluation, probabilities = measure(model, bench.evaluation_loader, views, normalise, k, bench.device, stop)
+        name = _measurement_name(bench)
+        known = node.cached(name)
+        if known is None:
+            views = evaluation_views(dataset.train.ids, dataset.crop)
+            train, _ = measure(model, bench.train_loader, views, normalise, k, bench.device, stop)
+    if known is None:
+        known = {"evaluation": asdict(evaluation), "train": asdict(train), "seconds": stopwatch.seconds()["evaluate"]}
+        node.keep(name, known)
+    return known, probabilities
+
+
+def _measurement_name(bench: Workbench) -> str:
+    dataset = bench.dataset
+    depends_on = [
+        MEASUREMENT_FORMAT,
+        dataset.evaluation_hash,
+        dataset.train_hash,
+        [int(i) for i in dataset.train.ids[[0, -1]]],
+        len(dataset.train),
+        bench.recipe.gen.k,
+        bench.recipe.data.backend,
+    ]
+    return f"measured-{hash_of(depends_on)[:8]}"
+
+
+def _row(bench: Workbench, generation: Generation, node: Node, measured: dict[str, Any]) -> dict[str, Any]:
+    training = node.facts()["training"]
+    evaluation, train, seconds = measured["evaluation"], measured["train"], training["seconds"]
+    eval_seconds = seconds.get("evaluate", 0.0) + measured["seconds"]
+    wall_seconds = sum(seconds.values()) + measured["seconds"]
+    return {
+        "generation": generation.index,
+        "role": generation.role,
+        "node": node.id,
+        "top1_error": evaluation["top1_error"],
+        "top5_error": evaluation["top5_error"],
+        "nll": evaluation["nll"],
+        "ece": evaluation["ece"],
+        "samples_evaluated": evaluation["samples"],
+        "train_top1_error": train["top1_error"],
+        "mean_confidence": train["mean_confidence"],
+        "mean_label_confidence": train["mean_label_confidence"],
+        "topk_share": train["topk_share"],
+        "train_images_per_second": training["images"] / seconds["train"],
+        "wall_images_per_second": training["images"] / wall_seconds,
+        "train_seconds": seconds["train"],
+        "wall_seconds": wall_seconds,
+        "eval_seconds": eval_seconds,
+        "backend": bench.recipe.data.backend,
+        "engine": bench.recipe.train.engine,
+        "path": training["path"],
+    }

@@ -1,0 +1,56 @@
+"""Forward pass and loss of one training step, in the precision and by the engine of the recipe."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.augment import Normaliser
+from fastgen.config import TrainSettings
+from fastgen.losses import Loss
+from fastgen.teacher import Teacher
+
+# (uint8 images, labels) -> (mean loss, detached logits)
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_forward(
+    model: nn.Module, loss: Loss, teacher: Teacher | None, normalise: Normaliser, train: TrainSettings, device: torch.device
+) -> Forward:
+    """The part of a step that autograd sees, from stored pixels to the loss.
+
+    Teacher and student are given the same normalised tensor: the same view, bit for bit.
+
+    Args:
+        model: the student (or patriarch), fp32 parameters, in train mode.
+        loss: what it minimises.
+        teacher: gives logits for the same images; None: labels alone.
+        normalise: uint8 pixels -> the dtype of the step.
+        train: names precision and engine.
+        device: where all of it lives.
+    """
+    dtype = DTYPES[train.precision]
+
+    def forward(images_NCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        inputs_NCHW = normalise(images_NCHW)
+        teacher_logits_BC = None if teacher is None else teacher(inputs_NCHW)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits_BC = model(inputs_NCHW)
+        return loss(logits_BC, labels_B, teacher_logits_BC), logits_BC.detach()
+
+    if train.engine == "compile":
+        # Where CUDA's compiler is installed and no GPU is, torch warns of it on every start.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        # Two batch sizes at most, the full and the last one: static shapes make faster code.
+        return torch.compile(forward, dynamic=False)
+    return forward
+
+
+def make_scaler(train: TrainSettings, device: torch.device) -> torch.amp.GradScaler:
+    """Gradient scaling for fp16, a no-op otherwise; with fused SGD it never waits for the device."""
+    return torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")

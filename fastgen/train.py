@@ -1,0 +1,130 @@
+"""The command: trains a recipe's generations, one after the other, and shows what came of it.
+
+    python -m fastgen.train --cfg rcp/demo.yaml [--section.key=value ...]
+    python -m fastgen.train --help
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fastgen.config import Recipe
+from fastgen.data import build_loader, open_dataset
+from fastgen.data.split import Dataset
+from fastgen.device import choose_device
+from fastgen.environment import device_name
+from fastgen.errors import Diverged, Stopped, UserError, command
+from fastgen.lookup import find_teacher
+from fastgen.nodes import Node, find_node, open_node
+from fastgen.plan import Generation, describe, make_plan
+from fastgen.recipe import read_recipe
+from fastgen.record import Recorder, RunFolder, open_run
+from fastgen.results import Results
+from fastgen.stop import StopRequest
+from fastgen.tables import print_table, results_table
+from fastgen.trainer import Workbench, train_generation
+
+Plan = tuple[Generation, ...]
+
+
+def main(words: Sequence[str]) -> None:
+    """The command."""
+    recipe = read_recipe(words)
+    dataset = open_dataset(recipe)
+    plan = make_plan(recipe, dataset.train_hash, find_teacher(recipe, dataset))
+    if recipe.run.dry:
+        print(describe(plan))
+        return
+    device = choose_device(recipe.run)
+    _require_teachers(recipe, plan)
+    with StopRequest() as stop, open_run(recipe, plan, device) as folder:
+        console = Console()
+        recorder = Recorder(folder.path, console, _untrained(recipe, plan), plan[-1].index)
+        try:
+            recorder.say(f"{folder.path}  {recipe.model.name} on {recipe.data.dataset}, {device_name(device)}")
+            _run(recipe, dataset, plan, device, folder, recorder, stop)
+        except Stopped as stopped:
+            recorder.event("stopped", reason=str(stopped))
+            recorder.end_generation()
+            recorder.say(f"saved; resume with: python -m fastgen.train {' '.join(words)}")
+            raise
+        except Diverged as diverged:
+            recorder.event("diverged", reason=str(diverged))
+            raise
+        finally:
+            recorder.close()
+
+
+def _run(
+    recipe: Recipe, dataset: Dataset, plan: Plan, device: torch.device, folder: RunFolder, recorder: Recorder, stop: StopRequest
+) -> None:
+    train_loader = build_loader(recipe, dataset, dataset.train, device)
+    evaluation_loader = build_loader(recipe, dataset, dataset.evaluation, device)
+    bench = Workbench(recipe, dataset, device, train_loader, evaluation_loader, recorder, stop)
+    results = Results(bench)
+    recorder.event("run_begin", plan=[generation.node for generation in plan])
+    for generation in plan:
+        node = _node_of(recipe, generation)
+        if node is None:
+            recorder.say(f"generation {generation.index} ({generation.node}) is not trained and not needed here: left out")
+            continue
+        folder.link(generation, node)
+        if node.finished:
+            recorder.say(f"generation {generation.index} ({generation.node}) is trained already")
+        else:
+            train_generation(bench, generation, node, _teacher_weights(recipe, generation))
+        row = results.add(generation, node)
+        recorder.event("result", **row)
+        folder.write_results(results.as_dict())
+        stop.check()
+    recorder.event("run_end")
+    print_table(results_table(results.as_dict()))
+    print(f"{folder.path / 'results.json'}")
+
+
+def _store(recipe: Recipe) -> Path:
+    if recipe.run.nodes is None:
+        raise ValueError("the recipe's run.nodes is not filled in: recipe.read_recipe does that")
+    return Path(recipe.run.nodes)
+
+
+def _node_of(recipe: Recipe, generation: Generation) -> Node | None:
+    """The node to train into or to take; None: not trained, and this run may not train it."""
+    return open_node(_store(recipe), generation.node) if generation.train else find_node(_store(recipe), generation.node)
+
+
+def _teacher_weights(recipe: Recipe, generation: Generation) -> Path | None:
+    if generation.teacher is None:
+        return None
+    if generation.teacher_weights is not None:
+        return Path(generation.teacher_weights)
+    teacher = find_node(_store(recipe), generation.teacher)
+    if teacher is None:
+        raise UserError(f"the teacher of generation {generation.index} ({generation.teacher}) is not in {recipe.run.nodes}")
+    return teacher.weights
+
+
+def _require_teachers(recipe: Recipe, plan: Plan) -> None:
+    """With gen.only the teacher must be there before anything is begun."""
+    planned = {generation.node for generation in plan if generation.train}
+    for generation in plan:
+        if not generation.train or generation.teacher in (None, *planned) or generation.teacher_weights is not None:
+            continue
+        if find_node(_store(recipe), str(generation.teacher)) is None:
+            raise UserError(
+                f"generation {generation.index} needs its teacher, generation {generation.index - 1} ({generation.teacher}), which is "
+                f"not in {recipe.run.nodes}: train the recipe without gen.only first, or name a teacher with gen.teacher"
+            )
+
+
+def _untrained(recipe: Recipe, plan: Plan) -> list[int]:
+    return [g.index for g in plan if g.train and find_node(_store(recipe), g.node) is None]
+
+
+if __name__ == "__main__":
+    sys.exit(command(main, sys.argv[1:]))

@@ -1,0 +1,275 @@
+"""Trains one generation: the same function for the patriarch and for every student."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgen.augment import Normaliser
+from fastgen.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from fastgen.config import Recipe, TrainSettings
+from fastgen.data.batch import Loader
+from fastgen.data.split import Dataset
+from fastgen.errors import Diverged, UserError
+from fastgen.evaluate import evaluation_normaliser, load_network, measure
+from fastgen.losses import make_loss
+from fastgen.meters import Meter, Reading, Stopwatch
+from fastgen.models import build_model, initialise
+from fastgen.nodes import Node, locked
+from fastgen.optim import make_optimizer, set_lr
+from fastgen.plan import Generation
+from fastgen.record import Recorder
+from fastgen.schedule import Schedule, make_schedule
+from fastgen.step import DTYPES, Forward, make_forward, make_scaler
+from fastgen.stop import StopRequest
+from fastgen.teacher import Teacher, make_teacher
+from fastgen.views import EpochViews, evaluation_views, training_views
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What all generations of a run share."""
+
+    recipe: Recipe
+    dataset: Dataset
+    device: torch.device
+    train_loader: Loader
+    evaluation_loader: Loader
+    recorder: Recorder
+    stop: StopRequest
+
+
+@dataclass
+class Training:
+    """A training under way: all that a step changes, and that a checkpoint therefore holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.SGD
+    scaler: torch.amp.GradScaler
+    meter: Meter
+    stopwatch: Stopwatch
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    saved_at: float = field(default_factory=time.monotonic)
+
+
+def train_generation(bench: Workbench, generation: Generation, node: Node, teacher_weights: Path | None) -> None:
+    """Trains a generation to its end, from its checkpoint if there is one, and finishes its node.
+
+    Args:
+        bench: recipe, data, device and watchers of the run.
+        generation: from the plan.
+        node: its folder in the store.
+        teacher_weights: of the generation that teaches it; None: it learns from labels alone.
+
+    Raises:
+        Stopped: a signal came; the state after the last finished step is saved.
+        Diverged: the loss was not finite.
+        UserError: the teacher is of another network, or another process trains this node.
+    """
+    train, dataset = bench.recipe.train, bench.dataset
+    with locked(node.folder, "this generation"):
+        if node.finished:
+            return
+        schedule = make_schedule(train, len(dataset.train))
+        training = _start(bench, generation)
+        teacher = _load_teacher(bench, teacher_weights)
+        forward = _make_forward(bench, training, generation, teacher)
+        with training.stopwatch.phase("warm_up"):
+            _warm_up(bench, training, forward, schedule)
+        _resume(training, node)
+        _announce(bench, generation, node, schedule, training)
+
+        for epoch in range(training.step // schedule.steps_per_epoch, train.epochs):
+            views = training_views(dataset.train.ids, dataset.crop, generation.data_seed, generation.index, epoch)
+            first_batch = training.step % schedule.steps_per_epoch
+            with training.stopwatch.phase("train"):
+                for batch in bench.train_loader.batches(views, train.batch_size, first_batch):
+                    set_lr(training.optimizer, schedule.lr(training.step))
+                    loss, logits_BC = forward(batch.images_NCHW, batch.labels)
+                    training.scaler.scale(loss).backward()
+                    training.scaler.step(training.optimizer)
+                    training.scaler.update()
+                    training.optimizer.zero_grad()
+                    training.meter.add(training.step, loss, logits_BC, batch.labels)
+                    training.step += 1
+                    bench.recorder.stepped(training.step)
+                    if training.step % schedule.steps_per_epoch == 0:
+                        break
+                    if training.step % bench.recipe.run.log_every_steps == 0:
+                        _log(bench, training, views, schedule, node)
+                    _save_if_due(bench, training, views, node)
+                    bench.stop.check()
+                reading = _log(bench, training, views, schedule, node)
+            training.meter.reset()
+            _end_epoch(bench, training, epoch, reading)
+            if epoch + 1 < train.epochs:
+                _save_if_due(bench, training, views, node)
+                bench.stop.check()
+        _finish(bench, generation, training, node)
+
+
+def _start(bench: Workbench, generation: Generation) -> Training:
+    recipe, facts = bench.recipe, bench.dataset.facts
+    model = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
+    initialise(model, generation.init_seed)
+    model = model.to(bench.device, memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(model, recipe.train)
+    return Training(model, optimizer, make_scaler(recipe.train, bench.device), Meter(bench.device), Stopwatch(bench.device))
+
+
+def _load_teacher(bench: Workbench, weights: Path | None) -> Teacher | None:
+    if weights is None:
+        return None
+    model = load_network(bench.recipe, bench.dataset, weights, bench.device)
+    return make_teacher(model, bench.device, DTYPES[bench.recipe.train.precision])
+
+
+def _make_forward(bench: Workbench, training: Training, generation: Generation, teacher: Teacher | None) -> Forward:
+    facts, train = bench.dataset.facts, bench.recipe.train
+    normalise = Normaliser(facts.mean, facts.std, bench.device, DTYPES[train.precision])
+    return make_forward(training.model, make_loss(generation.objective), teacher, normalise, train, bench.device)
+
+
+def _warm_up(bench: Workbench, training: Training, forward: Forward, schedule: Schedule) -> None:
+    """Compiles, and lets libraries choose their algorithms, on blank images; changes no state."""
+    facts, samples = bench.dataset.facts, len(bench.dataset.train)
+    last = samples - (schedule.steps_per_epoch - 1) * bench.recipe.train.batch_size
+    before = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
+    for count in {min(bench.recipe.train.batch_size, samples), last}:
+        blank = torch.zeros(count, facts.channels, facts.height_px, facts.width_px, dtype=torch.uint8, device=bench.device)
+        labels = torch.zeros(count, dtype=torch.int64, device=bench.device)
+        loss, _ = forward(blank.contiguous(memory_format=torch.channels_last), labels)
+        loss.backward()
+    training.optimizer.zero_grad()
+    for name, buffer in training.model.named_buffers():
+        buffer.copy_(before[name])
+
+
+def _resume(training: Training, node: Node) -> None:
+    if not node.checkpoint.exists():
+        return
+    state = load_checkpoint(node.checkpoint)
+    if state["node"] != node.id:
+        raise UserError(f"{node.checkpoint}: is of another generation ({state['node']}): delete it, and this one starts afresh")
+    training.model.load_state_dict(state["model"])
+    training.optimizer.load_state_dict(state["optimizer"])
+    training.scaler.load_state_dict(state["scaler"])
+    training.meter.restore(state["meter"])
+    training.stopwatch.add(state["seconds"])
+    training.step, training.history = state["step"], state["history"]
+
+
+def _announce(bench: Workbench, generation: Generation, node: Node, schedule: Schedule, training: Training) -> None:
+    if training.step:
+        bench.recorder.say(f"generation {generation.index} goes on at step {training.step} of {schedule.total_steps}")
+    facts = {"role": generation.role, "engine": bench.recipe.train.engine, "precision": bench.recipe.train.precision}
+    bench.recorder.begin(generation, schedule, len(bench.dataset.train), training.step, facts)
+
+
+def _log(bench: Workbench, training: Training, views: EpochViews, schedule: Schedule, node: Node) -> Reading:
+    """Reads the device's sums of this epoch and tells them to the watchers."""
+    reading = training.meter.read()
+    _require_finite(reading, bench.recipe.train, bench.dataset, views, node)
+    seconds = training.stopwatch.seconds().get("train", 0.0)
+    images_per_second = _images_seen(training.step, schedule, len(bench.dataset.train), bench.recipe.train) / seconds
+    bench.recorder.log(training.step, schedule.lr(training.step - 1), reading, images_per_second)
+    return reading
+
+
+def _require_finite(reading: Reading, train: TrainSettings, dataset: Dataset, views: EpochViews, node: Node) -> None:
+    step = reading.first_bad_step
+    if step is None and math.isfinite(reading.loss):
+        return
+    if step is None:
+        raise ValueError(f"the mean loss is {reading.loss}, yet every step's was finite")
+    batch = step % -(-len(dataset.train) // train.batch_size)
+    positions = views.order[batch * train.batch_size : (batch + 1) * train.batch_size]
+    ids = " ".join(str(i) for i in dataset.train.ids[positions][:8])
+    good = f"the last good checkpoint is {node.checkpoint}" if node.checkpoint.exists() else "no checkpoint was saved before"
+    raise Diverged(
+        f"the loss is not finite at step {step} (sample ids {ids} ...); {good}. Lower train.lr, or set train.precision=fp32."
+    )
+
+
+def _save_if_due(bench: Workbench, training: Training, views: EpochViews, node: Node) -> None:
+    if not bench.stop.requested and time.monotonic() - training.saved_at < bench.recipe.run.save_minutes * 60:
+        return
+    _require_finite(training.meter.read(), bench.recipe.train, bench.dataset, views, node)
+    with training.stopwatch.phase("save"):
+        state = {
+            "node": node.id,
+            "step": training.step,
+            "model": training.model.state_dict(),
+            "optimizer": training.optimizer.state_dict(),
+            "scaler": training.scaler.state_dict(),
+            "meter": training.meter.state(),
+            "seconds": training.stopwatch.seconds(),
+            "history": training.history,
+        }
+        save_checkpoint(node.checkpoint, state)
+    training.saved_at = time.monotonic()
+
+
+def _end_epoch(bench: Workbench, training: Training, epoch: int, reading: Reading) -> None:
+    row: dict[str, Any] = {"epoch": epoch, "loss": reading.loss, "accuracy": reading.accuracy}
+    every = bench.recipe.run.eval_every_epochs
+    # The last epoch is measured when the generation is finished.
+    due = every and (epoch + 1) % every == 0 and epoch + 1 < bench.recipe.train.epochs
+    if due and not bench.stop.requested:
+        with training.stopwatch.phase("evaluate"):
+            row |= _evaluate(bench, training.model)
+    training.history.append(row)
+    bench.recorder.epoch(training.step, row)
+
+
+def _evaluate(bench: Workbench, model: nn.Module) -> dict[str, float]:
+    dataset = bench.dataset
+    views = evaluation_views(dataset.evaluation.ids, dataset.crop)
+    normalise = evaluation_normaliser(dataset, bench.device)
+    measured, _ = measure(model, bench.evaluation_loader, views, normalise, bench.recipe.gen.k, bench.device)
+    return {"top1_error": measured.top1_error, "top5_error": measured.top5_error}
+
+
+def _finish(bench: Workbench, generation: Generation, training: Training, node: Node) -> None:
+    recipe, facts = bench.recipe, bench.dataset.facts
+    description = {
+        "model": recipe.as_dict()["model"],
+        "dataset": recipe.data.dataset,
+        "classes": facts.classes,
+        "channels": facts.channels,
+        "mean": facts.mean,
+        "std": facts.std,
+        "generation": generation.index,
+        "node": node.id,
+    }
+    with training.stopwatch.phase("save"):
+        save_weights(node.weights, training.model, description)
+    seconds = training.stopwatch.seconds()
+    record = {
+        "images": recipe.train.epochs * len(bench.dataset.train),
+        "seconds": seconds,
+        "device": bench.device.type,
+        "path": {
+            "views": recipe.data.backend,
+            "step": recipe.train.engine,
+            "loss": "torch",
+            "teacher": "torch, batch-norm folded" if generation.teacher else None,
+            "optimizer": "torch SGD, fused",
+        },
+        "history": training.history,
+    }
+    node.finish(generation.identity, record)
+    bench.recorder.event("generation_end", generation=generation.index, node=node.id, seconds=seconds)
+    bench.recorder.end_generation()
+
+
+def _images_seen(step: int, schedule: Schedule, samples: int, train: TrainSettings) -> int:
+    epochs, steps = divmod(step, schedule.steps_per_epoch)
+    return epochs * samples + min(steps * train.batch_size, samples)
