@@ -62,9 +62,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: is damaged ({_first_line(error)}): delete it, and this generation starts afresh") from None
+        raise UserError(
+            f"{path}: is damaged ({_first_line(error)}): delete it, and this generation starts afresh"
+        ) from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path}: is no checkpoint of this version of fastgen: delete it, and this generation starts afresh")
+        raise UserError(
+            f"{path}: is no checkpoint of this version of fastgen: delete it, and this generation starts afresh"
+        )
     return state
 
 

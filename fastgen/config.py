@@ -35,16 +35,26 @@ class RunSettings:
     """run: where and how it runs, and the seeds"""
 
     dir: str | None = setting(None, "run folder; default runs/<recipe name>-<hash of the recipe>", decides=False)
-    nodes: str | None = setting(None, "store of trained generations, shared by runs; default <folder of the runs>/nodes", decides=False)
+    nodes: str | None = setting(
+        None, "store of trained generations, shared by runs; default <folder of the runs>/nodes", decides=False
+    )
     seed: int = setting(0, "seed of everything that has no seed of its own", decides=False)
     init_seed: int | None = setting(None, "seed of the initial weights; default run.seed")
-    resume: bool = setting(True, "go on where the run folder left off; false refuses a folder that exists", decides=False)
+    resume: bool = setting(
+        True, "go on where the run folder left off; false refuses a folder that exists", decides=False
+    )
     dry: bool = setting(False, "print the plan and stop", decides=False)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes the GPU where there is one", decides=False)
-    deterministic: bool = setting(False, "same bits in every run on a GPU, at some cost; on a CPU they are the same anyway", decides=False)
+    deterministic: bool = setting(
+        False, "same bits in every run on a GPU, at some cost; on a CPU they are the same anyway", decides=False
+    )
     save_minutes: float = setting(5.0, "time between two checkpoints", decides=False)
-    log_every_steps: int = setting(50, "steps between two log lines; only there the loop waits for the device", decides=False)
-    eval_every_epochs: int = setting(1, "epochs between two evaluations while training; 0: only at the end", decides=False)
+    log_every_steps: int = setting(
+        50, "steps between two log lines; only there the loop waits for the device", decides=False
+    )
+    eval_every_epochs: int = setting(
+        1, "epochs between two evaluations while training; 0: only at the end", decides=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +64,18 @@ class DataSettings:
     dataset: Literal["cifar100", "cifar10", "digits"] = setting(..., "data set")
     root: str = setting("data", "folder that holds the data set's files", decides=False)
     download: bool = setting(False, "fetch the files into data.root when they are not there", decides=False)
-    backend: Literal["resident", "synthetic"] = setting("resident", "resident: the whole set in the device's memory; synthetic: random images, for speed only")
+    backend: Literal["resident", "synthetic"] = setting(
+        "resident", "resident: the whole set in the device's memory; synthetic: random images, for speed only"
+    )
     seed: int | None = setting(None, "seed of order and views; default run.seed")
-    augment: Literal["standard", "none"] = setting("standard", "standard: the data set's usual crop and flip; none: the plain image")
+    augment: Literal["standard", "none"] = setting(
+        "standard", "standard: the data set's usual crop and flip; none: the plain image"
+    )
     train_limit: int | None = setting(None, "train on this many images, the same number of each class")
     val_limit: int | None = setting(None, "evaluate on this many images, the same number of each class", decides=False)
-    holdout: int = setting(0, "keep this many training images, the same number of each class, and evaluate on them instead of the test set")
+    holdout: int = setting(
+        0, "keep this many training images, the same number of each class, and evaluate on them instead of the test set"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +83,9 @@ class ModelSettings:
     """model: the network, the same in every generation"""
 
     name: str = setting(..., "resnet8, resnet20, resnet32, resnet44, resnet56, resnet74, resnet92, resnet110")
-    downsample: Literal["strided", "pooled"] = setting("strided", "strided: He et al.; pooled: average pooling between the stages, as arXiv 1805.05551 words it")
+    downsample: Literal["strided", "pooled"] = setting(
+        "strided", "strided: He et al.; pooled: average pooling between the stages, as arXiv 1805.05551 words it"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +101,12 @@ class TrainSettings:
     nesterov: bool = setting(True, "Nesterov's form of the momentum")
     weight_decay: float = setting(1e-4, "L2 penalty")
     decay_norm_and_bias: bool = setting(True, "apply the weight decay to batch-norm parameters and biases too")
-    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "of the training step; parameters and evaluation are fp32 always")
-    engine: Literal["eager", "compile"] = setting("eager", "compile: torch.compile of the step; seconds to start, faster afterwards")
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", "of the training step; parameters and evaluation are fp32 always"
+    )
+    engine: Literal["eager", "compile"] = setting(
+        "eager", "compile: torch.compile of the step; seconds to start, faster afterwards"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +116,18 @@ class GenSettings:
     generations: int = setting(5, "students after the patriarch", decides=False)
     patriarch: Literal["tolerant", "cross_entropy"] = setting("tolerant", "objective of generation 0")
     k: int = setting(5, "classes in the score difference of the tolerant patriarch")
-    confidence: float = setting(0.6, "what the tolerant patriarch's first class shall get, in [1/k, 1]; 1 is plain cross-entropy")
-    teacher_weight: Numbers = setting(0.6, "share of the teacher in a student's objective, in [0, 1]; a list gives one value a student")
-    temperature: Numbers = setting(1.0, "softening of teacher and student in the distillation term; a list gives one value a student")
-    only: int | None = setting(None, "train this generation alone; teacher_weight and temperature on the command line then hold for it alone")
+    confidence: float = setting(
+        0.6, "what the tolerant patriarch's first class shall get, in [1/k, 1]; 1 is plain cross-entropy"
+    )
+    teacher_weight: Numbers = setting(
+        0.6, "share of the teacher in a student's objective, in [0, 1]; a list gives one value a student"
+    )
+    temperature: Numbers = setting(
+        1.0, "softening of teacher and student in the distillation term; a list gives one value a student"
+    )
+    only: int | None = setting(
+        None, "train this generation alone; teacher_weight and temperature on the command line then hold for it alone"
+    )
     teacher: str | None = setting(None, "with gen.only: the teacher, as a run folder, a node or a .safetensors file")
 
 
@@ -192,15 +222,22 @@ def _check_run(run: RunSettings) -> None:
         _require(seed is None or 0 <= seed <= MAX_SEED, f"run.{name} = {seed}: give a number from 0 to 2^63 - 1")
     _require(run.save_minutes >= 0, f"run.save_minutes = {run.save_minutes}: give 0 (after every step) or more")
     _require(run.log_every_steps >= 1, f"run.log_every_steps = {run.log_every_steps}: give 1 or more")
-    _require(run.eval_every_epochs >= 0, f"run.eval_every_epochs = {run.eval_every_epochs}: give 0 (only at the end) or more")
+    _require(
+        run.eval_every_epochs >= 0, f"run.eval_every_epochs = {run.eval_every_epochs}: give 0 (only at the end) or more"
+    )
 
 
 def _check_data(data: DataSettings) -> None:
     classes = DATASETS[data.dataset].classes
-    _require(data.seed is None or 0 <= data.seed <= MAX_SEED, f"data.seed = {data.seed}: give a number from 0 to 2^63 - 1")
+    _require(
+        data.seed is None or 0 <= data.seed <= MAX_SEED, f"data.seed = {data.seed}: give a number from 0 to 2^63 - 1"
+    )
     for name in ("train_limit", "val_limit"):
         limit = getattr(data, name)
-        _require(limit is None or limit >= classes, f"data.{name} = {limit}: give at least {classes}, one image for each class")
+        _require(
+            limit is None or limit >= classes,
+            f"data.{name} = {limit}: give at least {classes}, one image for each class",
+        )
     _require(
         data.holdout == 0 or data.holdout >= classes,
         f"data.holdout = {data.holdout}: give 0, or at least {classes}, one image for each class",
@@ -217,7 +254,10 @@ def _check_train(train: TrainSettings) -> None:
     )
     _require(train.lr_factor > 0, f"train.lr_factor = {train.lr_factor}: give a factor above 0")
     _require(0 <= train.momentum < 1, f"train.momentum = {train.momentum}: give 0 or more, and less than 1")
-    _require(not train.nesterov or train.momentum > 0, "train.nesterov = true needs train.momentum above 0: set train.nesterov=false")
+    _require(
+        not train.nesterov or train.momentum > 0,
+        "train.nesterov = true needs train.momentum above 0: set train.nesterov=false",
+    )
     _require(train.weight_decay >= 0, f"train.weight_decay = {train.weight_decay}: give 0 or more")
 
 
@@ -230,7 +270,8 @@ def _check_gen(gen: GenSettings, classes: int) -> None:
     )
     _require(
         gen.patriarch != "cross_entropy" or gen.confidence == 1,
-        f"gen.patriarch = cross_entropy asks for confidence 1, gen.confidence is {gen.confidence}: set gen.confidence=1.0 or gen.patriarch=tolerant",
+        f"gen.patriarch = cross_entropy asks for confidence 1, gen.confidence is {gen.confidence}: "
+        "set gen.confidence=1.0 or gen.patriarch=tolerant",
     )
     _check_per_student("teacher_weight", gen.teacher_weight, gen.generations)
     _check_per_student("temperature", gen.temperature, gen.generations)
@@ -242,13 +283,22 @@ def _check_gen(gen: GenSettings, classes: int) -> None:
         gen.only is None or 0 <= gen.only <= gen.generations,
         f"gen.only = {gen.only}: give a generation of the recipe, 0 to {gen.generations}",
     )
-    _require(gen.teacher is None or gen.only is not None, "gen.teacher needs gen.only: name the generation that this teacher shall teach")
-    _require(gen.teacher is None or gen.only != 0, "gen.teacher with gen.only = 0: the patriarch has no teacher; give gen.only 1 or more")
+    _require(
+        gen.teacher is None or gen.only is not None,
+        "gen.teacher needs gen.only: name the generation that this teacher shall teach",
+    )
+    _require(
+        gen.teacher is None or gen.only != 0,
+        "gen.teacher with gen.only = 0: the patriarch has no teacher; give gen.only 1 or more",
+    )
 
 
 def _check_per_student(name: str, value: Numbers, generations: int) -> None:
     count = len(value) if isinstance(value, tuple) else generations
-    _require(count == generations, f"gen.{name} has {count} values for {generations} students: give one number, or one for each student")
+    _require(
+        count == generations,
+        f"gen.{name} has {count} values for {generations} students: give one number, or one for each student",
+    )
 
 
 def _listed(value: Numbers) -> tuple[float, ...]:

@@ -14,7 +14,17 @@ import torch
 
 from fastgen import __version__
 
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "safetensors", "pillow", "scikit-learn", "ffcv", "nvidia-dali-cuda120")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "numpy",
+    "safetensors",
+    "pillow",
+    "scikit-learn",
+    "ffcv",
+    "nvidia-dali-cuda120",
+)
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

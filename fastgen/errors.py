@@ -31,7 +31,17 @@ class MachineError(FastgenError):
 
 
 class Diverged(FastgenError):
-    """The loss became infinite or not a number."""
+    """The loss became infinite or not a number.
+
+    Attributes:
+        step: the first such step.
+        ids: sample ids of its batch.
+    """
+
+    def __init__(self, text: str, *, step: int, ids: Sequence[int]) -> None:
+        super().__init__(text)
+        self.step = step
+        self.ids = list(ids)
 
 
 class Stopped(FastgenError):
@@ -47,7 +57,9 @@ def as_one_line(error: OSError) -> FastgenError:
     place = f"{error.filename}: " if error.filename else ""
     reason = error.strerror or str(error)
     if error.errno in MACHINE_FAULTS:
-        return MachineError(f"{place}{reason}. Free some space or name another place with run.dir and run.nodes; the run then resumes.")
+        return MachineError(
+            f"{place}{reason}. Free some space or name another place with run.dir and run.nodes; the run then resumes."
+        )
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         return UserError(f"{place}{reason}. Name a place that you may write to with run.dir and run.nodes.")
     return MachineError(f"{place}{reason}")

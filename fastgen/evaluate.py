@@ -188,7 +188,7 @@ def load_network(recipe: Recipe, dataset: Dataset, weights: Path, device: torch.
     """
     model = build_model(recipe.model.name, dataset.facts.classes, dataset.facts.channels, recipe.model.downsample)
     load_weights(weights, model)
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def main(words: Sequence[str]) -> None:
@@ -196,7 +196,10 @@ def main(words: Sequence[str]) -> None:
     from fastgen.tables import measurement_table
 
     if not words or words[0].startswith("-"):
-        raise UserError("usage: python -m fastgen.evaluate RUN_FOLDER | WEIGHTS.safetensors --cfg RECIPE.yaml [--section.key=value ...]")
+        raise UserError(
+            "usage: python -m fastgen.evaluate RUN_FOLDER [--section.key=value ...], or "
+            "python -m fastgen.evaluate WEIGHTS.safetensors --cfg RECIPE.yaml [--section.key=value ...]"
+        )
     target, rest = Path(words[0]), list(words[1:])
     networks = _networks_of(target)
     if target.is_dir() and not any(word.startswith("--cfg") for word in rest):

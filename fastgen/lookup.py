@@ -31,7 +31,10 @@ def find_teacher(recipe: Recipe, dataset: Dataset) -> Teacher | None:
     _, description = read_weights(weights)
     trained_on = description.get("dataset", recipe.data.dataset)
     if trained_on != recipe.data.dataset:
-        raise UserError(f"gen.teacher = {recipe.gen.teacher}: was trained on {trained_on}, the recipe's data set is {recipe.data.dataset}")
+        raise UserError(
+            f"gen.teacher = {recipe.gen.teacher}: was trained on {trained_on}, "
+            f"the recipe's data set is {recipe.data.dataset}"
+        )
     load_network(recipe, dataset, weights, torch.device("cpu"))
     node = Node(weights.resolve().parent)
     identity = node.id if node.finished else f"file:{hashlib.sha256(weights.read_bytes()).hexdigest()}"
@@ -49,7 +52,9 @@ def _weights_of(recipe: Recipe, name: str) -> Path:
         return _trained(Node(path), f"{name}: this node")
     node = find_node(Path(recipe.run.nodes or "."), name)
     if node is None:
-        raise UserError(f"gen.teacher = {name}: is no run folder, no weights file, and no trained node of {recipe.run.nodes}")
+        raise UserError(
+            f"gen.teacher = {name}: neither run folder nor weights file nor trained node of {recipe.run.nodes}"
+        )
     return node.weights
 
 

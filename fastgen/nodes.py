@@ -1,8 +1,8 @@
 """The store of generations: one folder a node, named by the hash of all that decides its weights.
 
-    <store>/<node>/checkpoint.pt        while it is being trained
-    <store>/<node>/model.safetensors    its weights
-    <store>/<node>/node.json            written last: it says that the node is finished
+<store>/<node>/checkpoint.pt        while it is being trained
+<store>/<node>/model.safetensors    its weights
+<store>/<node>/node.json            written last: it says that the node is finished
 """
 
 from __future__ import annotations

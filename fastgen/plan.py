@@ -110,9 +110,22 @@ def describe(plan: Sequence[Generation]) -> str:
     rows = [("generation", "role", "node", "teacher", "objective", "init seed", "data seed", "ideal confidence")]
     for g in plan:
         ideal = "-" if g.ideal is None else f"{g.ideal:.3f}"
-        rows.append((str(g.index), g.role, g.node, g.teacher or "-", _objective_text(g), str(g.init_seed), str(g.data_seed), ideal))
+        rows.append(
+            (
+                str(g.index),
+                g.role,
+                g.node,
+                g.teacher or "-",
+                _objective_text(g),
+                str(g.init_seed),
+                str(g.data_seed),
+                ideal,
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def init_seed_of(run_init_seed: int, generation: int) -> int:

@@ -44,7 +44,7 @@ class CommandLine:
 class _StrictLoader(yaml.SafeLoader):
     """YAML with unique keys, `true`/`false` as the only booleans, and 1e-4 a number."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own way)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -60,7 +60,11 @@ for _tag, _pattern, _first in (
     ("tag:yaml.org,2002:bool", r"^(?:true|false)$", "tf"),
     ("tag:yaml.org,2002:null", r"^(?:null|~|)$", ["n", "~", ""]),
     ("tag:yaml.org,2002:int", r"^[-+]?[0-9]+$", "-+0123456789"),
-    ("tag:yaml.org,2002:float", r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$",
+        "-+.0123456789",
+    ),
 ):
     _StrictLoader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
 
@@ -173,7 +177,8 @@ def _build(values: Mapping[str, Any]) -> Recipe:
         raise UserError(f"{missing[0]} is missing: set it in the recipe or with --{missing[0]}=...")
     declared.collect(dict(values))
     sections = {
-        name: section(**{f.name: declared[f"{name}.{f.name}"] for f in fields(section)}) for name, section in SECTIONS.items()
+        name: section(**{f.name: declared[f"{name}.{f.name}"] for f in fields(section)})
+        for name, section in SECTIONS.items()
     }
     return Recipe(**sections)
 
@@ -187,7 +192,7 @@ def _narrow_to_one_generation(recipe: Recipe, from_file: Mapping[str, Any], over
     only = recipe.gen.only
     if not only:
         return recipe
-    narrowed: dict[str, tuple[float, ...]] = {}
+    narrowed: dict[str, Any] = {}
     for name in PER_STUDENT:
         value = overrides.get(f"gen.{name}")
         if not isinstance(value, float):

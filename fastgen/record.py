@@ -1,7 +1,7 @@
 """The run folder: recipe, plan, environment, events, results, TensorBoard files; and who watches.
 
-    recipe.yaml  plan.json  environment.json  events.jsonl  results.json  tensorboard/
-    generation_<g> -> the node that holds model.safetensors (and checkpoint.pt while it trains)
+recipe.yaml  plan.json  environment.json  events.jsonl  results.json  tensorboard/
+generation_<g> -> the node that holds model.safetensors (and checkpoint.pt while it trains)
 """
 
 from __future__ import annotations
@@ -76,14 +76,19 @@ def run_dir(recipe: Recipe) -> Path:
 def _refuse_strangers(path: Path, recipe: Recipe) -> None:
     stored = path / "recipe.yaml"
     if not stored.exists():
-        strangers = [entry.name for entry in path.iterdir() if entry.name != "lock" and entry.name[0] != "."] if path.is_dir() else []
-        if strangers or (path.exists() and not path.is_dir()):
-            raise UserError(f"{path}: is no run folder of fastgen (it holds {(strangers or ['a file'])[0]}): name another with run.dir")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file, not a run folder: name another with run.dir")
+        entries = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+        strangers = [name for name in entries if name != "lock" and not name.startswith(".")]
+        if strangers:
+            raise UserError(f"{path}: is no run folder of fastgen (found {strangers[0]}): name another with run.dir")
         return
     if not recipe.run.resume:
         raise UserError(f"{path}: this run is there already and run.resume is false: name another folder with run.dir")
     if load_text(stored.read_text(), str(stored)).identity() != recipe.identity():
-        raise UserError(f"{path}: holds a run of another recipe ({_difference(stored, recipe)}): name another folder with run.dir")
+        raise UserError(
+            f"{path}: holds a run of another recipe ({_difference(stored, recipe)}): name another folder with run.dir"
+        )
 
 
 def _difference(stored: Path, recipe: Recipe) -> str:
@@ -110,11 +115,13 @@ class Recorder:
         self.display = Display(console)
         self._to_train = tuple(to_train)
         self._last_index = last_index
-        self._events = open(folder / "events.jsonl", "a+b", buffering=0)
+        self._events = (folder / "events.jsonl").open("a+b", buffering=0)
         self._end_torn_line()
         self._board: Any = None
 
-    def begin(self, generation: Generation, schedule: Schedule, images: int, first_step: int, facts: Mapping[str, Any]) -> None:
+    def begin(
+        self, generation: Generation, schedule: Schedule, images: int, first_step: int, facts: Mapping[str, Any]
+    ) -> None:
         """A generation starts, or goes on at `first_step`."""
         from torch.utils.tensorboard import SummaryWriter
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.config import Recipe, hash_of
-from fastgen.data import build_loader
+from fastgen.config import hash_of
 from fastgen.evaluate import evaluation_normaliser, load_network, measure, measure_ensemble
 from fastgen.laws import confidence_for_eta, ideal_confidence
 from fastgen.meters import Stopwatch

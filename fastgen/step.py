@@ -20,7 +20,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_forward(
-    model: nn.Module, loss: Loss, teacher: Teacher | None, normalise: Normaliser, train: TrainSettings, device: torch.device
+    model: nn.Module,
+    loss: Loss,
+    teacher: Teacher | None,
+    normalise: Normaliser,
+    train: TrainSettings,
+    device: torch.device,
 ) -> Forward:
     """The part of a step that autograd sees, from stored pixels to the loss.
 

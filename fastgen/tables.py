@@ -75,7 +75,8 @@ def as_text(table: Table) -> str:
 def _title(results: Mapping[str, Any]) -> str:
     samples = {row["samples_evaluated"] for row in results["generations"]}
     counted = " and ".join(f"{count:,}" for count in sorted(samples))
-    return f"{results['model']} on {results['dataset']}, {counted} {results['evaluated_on']} images, ensemble of generations 0..g"
+    evaluated = f"{counted} {results['evaluated_on']} images"
+    return f"{results['model']} on {results['dataset']}, {evaluated}, ensemble of generations 0..g"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,7 @@ def make_teacher(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     """
     model.eval().requires_grad_(False)
     fold_batchnorm(model)
-    model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    model = model.to(device, dtype).to(memory_format=torch.channels_last)
 
     def teach(images_NCHW: Tensor) -> Tensor:
         # Not inference_mode: its tensors may not enter the student's loss.
@@ -62,7 +63,7 @@ def _pairs(parent: nn.Module) -> list[tuple[str, str]]:
     names = list(children)
     candidates = [(name, name.replace("conv", "bn")) for name in names if name.startswith("conv")]
     if isinstance(parent, nn.Sequential):
-        candidates += list(zip(names, names[1:], strict=False))
+        candidates += itertools.pairwise(names)
     return [
         (conv, bn)
         for conv, bn in candidates

@@ -1,7 +1,7 @@
 """The command: trains a recipe's generations, one after the other, and shows what came of it.
 
-    python -m fastgen.train --cfg rcp/demo.yaml [--section.key=value ...]
-    python -m fastgen.train --help
+python -m fastgen.train --cfg rcp/demo.yaml [--section.key=value ...]
+python -m fastgen.train --help
 """
 
 from __future__ import annotations
@@ -54,14 +54,20 @@ def main(words: Sequence[str]) -> None:
             recorder.say(f"saved; resume with: python -m fastgen.train {' '.join(words)}")
             raise
         except Diverged as diverged:
-            recorder.event("diverged", reason=str(diverged))
+            recorder.event("diverged", reason=str(diverged), step=diverged.step, ids=diverged.ids)
             raise
         finally:
             recorder.close()
 
 
 def _run(
-    recipe: Recipe, dataset: Dataset, plan: Plan, device: torch.device, folder: RunFolder, recorder: Recorder, stop: StopRequest
+    recipe: Recipe,
+    dataset: Dataset,
+    plan: Plan,
+    device: torch.device,
+    folder: RunFolder,
+    recorder: Recorder,
+    stop: StopRequest,
 ) -> None:
     train_loader = build_loader(recipe, dataset, dataset.train, device)
     evaluation_loader = build_loader(recipe, dataset, dataset.evaluation, device)
@@ -71,7 +77,9 @@ def _run(
     for generation in plan:
         node = _node_of(recipe, generation)
         if node is None:
-            recorder.say(f"generation {generation.index} ({generation.node}) is not trained and not needed here: left out")
+            recorder.say(
+                f"generation {generation.index} ({generation.node}) is not trained and not needed here: left out"
+            )
             continue
         folder.link(generation, node)
         if node.finished:
@@ -95,7 +103,9 @@ def _store(recipe: Recipe) -> Path:
 
 def _node_of(recipe: Recipe, generation: Generation) -> Node | None:
     """The node to train into or to take; None: not trained, and this run may not train it."""
-    return open_node(_store(recipe), generation.node) if generation.train else find_node(_store(recipe), generation.node)
+    return (
+        open_node(_store(recipe), generation.node) if generation.train else find_node(_store(recipe), generation.node)
+    )
 
 
 def _teacher_weights(recipe: Recipe, generation: Generation) -> Path | None:
@@ -105,7 +115,9 @@ def _teacher_weights(recipe: Recipe, generation: Generation) -> Path | None:
         return Path(generation.teacher_weights)
     teacher = find_node(_store(recipe), generation.teacher)
     if teacher is None:
-        raise UserError(f"the teacher of generation {generation.index} ({generation.teacher}) is not in {recipe.run.nodes}")
+        raise UserError(
+            f"the teacher of generation {generation.index} ({generation.teacher}) is not in {recipe.run.nodes}"
+        )
     return teacher.weights
 
 
@@ -117,8 +129,9 @@ def _require_teachers(recipe: Recipe, plan: Plan) -> None:
             continue
         if find_node(_store(recipe), str(generation.teacher)) is None:
             raise UserError(
-                f"generation {generation.index} needs its teacher, generation {generation.index - 1} ({generation.teacher}), which is "
-                f"not in {recipe.run.nodes}: train the recipe without gen.only first, or name a teacher with gen.teacher"
+                f"generation {generation.index} needs its teacher, generation {generation.index - 1} "
+                f"({generation.teacher}), which is not in {recipe.run.nodes}: train the recipe without gen.only first, "
+                "or name a teacher with gen.teacher"
             )
 
 

@@ -119,9 +119,11 @@ def _start(bench: Workbench, generation: Generation) -> Training:
     recipe, facts = bench.recipe, bench.dataset.facts
     model = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
     initialise(model, generation.init_seed)
-    model = model.to(bench.device, memory_format=torch.channels_last).train()
+    model = model.to(bench.device).to(memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, recipe.train)
-    return Training(model, optimizer, make_scaler(recipe.train, bench.device), Meter(bench.device), Stopwatch(bench.device))
+    return Training(
+        model, optimizer, make_scaler(recipe.train, bench.device), Meter(bench.device), Stopwatch(bench.device)
+    )
 
 
 def _load_teacher(bench: Workbench, weights: Path | None) -> Teacher | None:
@@ -143,7 +145,9 @@ def _warm_up(bench: Workbench, training: Training, forward: Forward, schedule: S
     last = samples - (schedule.steps_per_epoch - 1) * bench.recipe.train.batch_size
     before = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
     for count in {min(bench.recipe.train.batch_size, samples), last}:
-        blank = torch.zeros(count, facts.channels, facts.height_px, facts.width_px, dtype=torch.uint8, device=bench.device)
+        blank = torch.zeros(
+            count, facts.channels, facts.height_px, facts.width_px, dtype=torch.uint8, device=bench.device
+        )
         labels = torch.zeros(count, dtype=torch.int64, device=bench.device)
         loss, _ = forward(blank.contiguous(memory_format=torch.channels_last), labels)
         loss.backward()
@@ -157,7 +161,9 @@ def _resume(training: Training, node: Node) -> None:
         return
     state = load_checkpoint(node.checkpoint)
     if state["node"] != node.id:
-        raise UserError(f"{node.checkpoint}: is of another generation ({state['node']}): delete it, and this one starts afresh")
+        raise UserError(
+            f"{node.checkpoint}: is of another generation ({state['node']}): delete it, and this one starts afresh"
+        )
     training.model.load_state_dict(state["model"])
     training.optimizer.load_state_dict(state["optimizer"])
     training.scaler.load_state_dict(state["scaler"])
@@ -191,10 +197,17 @@ def _require_finite(reading: Reading, train: TrainSettings, dataset: Dataset, vi
         raise ValueError(f"the mean loss is {reading.loss}, yet every step's was finite")
     batch = step % -(-len(dataset.train) // train.batch_size)
     positions = views.order[batch * train.batch_size : (batch + 1) * train.batch_size]
-    ids = " ".join(str(i) for i in dataset.train.ids[positions][:8])
-    good = f"the last good checkpoint is {node.checkpoint}" if node.checkpoint.exists() else "no checkpoint was saved before"
+    ids = dataset.train.ids[positions].tolist()
+    good = (
+        f"the last good checkpoint is {node.checkpoint}"
+        if node.checkpoint.exists()
+        else "no checkpoint was saved before"
+    )
     raise Diverged(
-        f"the loss is not finite at step {step} (sample ids {ids} ...); {good}. Lower train.lr, or set train.precision=fp32."
+        f"the loss is not finite at step {step} (sample ids {', '.join(map(str, ids[:8]))}, ..., all of them in "
+        f"events.jsonl); {good}. Lower train.lr, or set train.precision=fp32.",
+        step=step,
+        ids=ids,
     )
 
 

@@ -81,7 +81,12 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     for round_ in range(_ROUNDS):
         k0, k1 = (np.uint64((key[i] + round_ * _KEY_STEPS[i]) & 0xFFFFFFFF) for i in range(2))
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (product1 >> _SHIFT) ^ c1 ^ k0, product1 & _LOW, (product0 >> _SHIFT) ^ c3 ^ k1, product0 & _LOW
+        c0, c1, c2, c3 = (
+            (product1 >> _SHIFT) ^ c1 ^ k0,
+            product1 & _LOW,
+            (product0 >> _SHIFT) ^ c3 ^ k1,
+            product0 & _LOW,
+        )
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 

@@ -90,7 +90,8 @@ def read_cifar(dataset: str, root: Path, *, download: bool = False) -> tuple[Spl
     if not (root / layout.binary).is_dir() and not (root / layout.python).is_dir():
         if not download:
             raise UserError(
-                f"{root}: holds neither {layout.binary}/ nor {layout.python}/: set data.root to the folder above one of them, or data.download=true"
+                f"{root}: holds neither {layout.binary}/ nor {layout.python}/: "
+                "set data.root to the folder above one of them, or data.download=true"
             )
         _download(dataset, root)
     if (root / layout.binary).is_dir():
@@ -122,7 +123,9 @@ def _read_python(folder: Path, files: tuple[tuple[str, int], ...], layout: Layou
         content = _unpickle(folder / name, count * PIXELS)
         pixels, numbers = content.get("data"), content.get(layout.label_key)
         if not isinstance(pixels, np.ndarray) or pixels.shape != (count, PIXELS) or pixels.dtype != np.uint8:
-            raise UserError(f"{folder / name}: does not hold {count} images of {PIXELS} bytes: fetch the official file again")
+            raise UserError(
+                f"{folder / name}: does not hold {count} images of {PIXELS} bytes: fetch the official file again"
+            )
         if not isinstance(numbers, list) or len(numbers) != count:
             raise UserError(f"{folder / name}: does not hold {count} {layout.label_key}: fetch the official file again")
         images.append(pixels)
@@ -143,7 +146,9 @@ def _read_bytes(path: Path, expected_bytes: int, *, exact: bool = False) -> byte
     found_bytes = path.stat().st_size
     if found_bytes < expected_bytes or (exact and found_bytes != expected_bytes):
         least = "" if exact else "at least "
-        raise UserError(f"{path}: expected {least}{expected_bytes:,} bytes, found {found_bytes:,}: fetch the official file again")
+        raise UserError(
+            f"{path}: expected {least}{expected_bytes:,} bytes, found {found_bytes:,}: fetch the official file again"
+        )
     return path.read_bytes()
 
 
@@ -164,7 +169,16 @@ def _unpickle(path: Path, least_bytes: int) -> dict[str, Any]:
     content = _read_bytes(path, least_bytes)
     try:
         result = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        ImportError,
+    ) as error:
         raise UserError(f"{path}: is damaged or not an official file ({error}): fetch it again") from None
     if not isinstance(result, dict):
         raise UserError(f"{path}: is not an official file: fetch it again")
@@ -179,4 +193,6 @@ def _download(dataset: str, root: Path) -> None:
         source(str(root), train=True, download=True)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{dataset} could not be fetched into {root} ({reason}): copy the official files there by hand") from None
+        raise UserError(
+            f"{dataset} could not be fetched into {root} ({reason}): copy the official files there by hand"
+        ) from None

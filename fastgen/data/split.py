@@ -65,7 +65,9 @@ class Dataset:
     crop: CropPolicy
 
 
-def make_dataset(settings: DataSettings, facts: Facts, train: Split, test: Split, class_names: tuple[str, ...]) -> Dataset:
+def make_dataset(
+    settings: DataSettings, facts: Facts, train: Split, test: Split, class_names: tuple[str, ...]
+) -> Dataset:
     """Cuts the splits of a run out of a data set's official ones.
 
     Raises:
