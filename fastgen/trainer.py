@@ -14,7 +14,7 @@ from torch import nn
 from fastgen.augment import Normaliser
 from fastgen.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from fastgen.config import Recipe, TrainSettings
-from fastgen.data.batch import Loader
+from fastgen.data.batch import Batch, Loader
 from fastgen.data.split import Dataset
 from fastgen.errors import Diverged, UserError
 from fastgen.evaluate import evaluation_normaliser, load_network, measure
@@ -91,14 +91,7 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
             first_batch = training.step % schedule.steps_per_epoch
             with training.stopwatch.phase("train"):
                 for batch in bench.train_loader.batches(views, train.batch_size, first_batch):
-                    set_lr(training.optimizer, schedule.lr(training.step))
-                    loss, logits_BC = forward(batch.images_NCHW, batch.labels)
-                    training.scaler.scale(loss).backward()
-                    training.scaler.step(training.optimizer)
-                    training.scaler.update()
-                    training.optimizer.zero_grad()
-                    training.meter.add(training.step, loss, logits_BC, batch.labels)
-                    training.step += 1
+                    take_step(training, forward, batch, schedule.lr(training.step))
                     bench.recorder.stepped(training.step)
                     if training.step % schedule.steps_per_epoch == 0:
                         break
@@ -113,6 +106,18 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
                 _save_if_due(bench, training, views, node)
                 bench.stop.check()
         _finish(bench, generation, training, node)
+
+
+def take_step(training: Training, forward: Forward, batch: Batch, lr: float) -> None:
+    """One step of SGD; nothing in it waits for the device."""
+    set_lr(training.optimizer, lr)
+    loss, logits_BC = forward(batch.images_NCHW, batch.labels)
+    training.scaler.scale(loss).backward()
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    training.optimizer.zero_grad()
+    training.meter.add(training.step, loss, logits_BC, batch.labels)
+    training.step += 1
 
 
 def _start(bench: Workbench, generation: Generation) -> Training:
