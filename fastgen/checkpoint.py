@@ -75,7 +75,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def save_weights(path: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
     """Saves a network's parameters and buffers as safetensors, with its description as metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(dict(description))}
+    # One key alone: safetensors writes several in random order, and equal weights shall be equal files.
+    metadata = {METADATA_KEY: json.dumps(dict(description))}
     write_atomically(path, to_safetensors(tensors, metadata))
 
 

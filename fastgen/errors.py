@@ -11,6 +11,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+USER_MISTAKES = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
+)  # fmt: skip
 MACHINE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
@@ -60,7 +63,7 @@ def as_one_line(error: OSError) -> FastgenError:
         return MachineError(
             f"{place}{reason}. Free some space or name another place with run.dir and run.nodes; the run then resumes."
         )
-    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+    if error.errno in USER_MISTAKES:
         return UserError(f"{place}{reason}. Name a place that you may write to with run.dir and run.nodes.")
     return MachineError(f"{place}{reason}")
 

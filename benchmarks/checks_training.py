@@ -1,0 +1,214 @@
+"""Checks of whole trainings on a device: every engine and precision learns, engines agree, runs resume. For `gpu_check`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.checks import PRECISIONS, Outcome, full_fp32
+from benchmarks.step import ENGINES, PATRIARCH, STUDENT, Case, Engine, Precision, make_rig
+from fastgen import train, trainer
+from fastgen.checkpoint import read_weights
+from fastgen.data.batch import Batch
+from fastgen.data.cifar import LAYOUTS, PIXELS
+from fastgen.data.facts import Facts
+from fastgen.data.resident import ResidentLoader
+from fastgen.data.split import Split
+from fastgen.errors import Stopped
+from fastgen.plan import Objective
+from fastgen.step import Forward
+from fastgen.trainer import Training
+
+OBJECTIVES = {"patriarch": PATRIARCH, "student": STUDENT}
+LEARN_STEPS = 40
+LEARN_LR = 0.05
+# Random guessing stays at 1; a network that learns these images at all is far below.
+LEARN_LOSS_RATIO = 0.8
+AGREE_STEPS = 20
+# Steps of this size do not blow the engines' different roundings up by themselves.
+AGREE_LR = 0.01
+AGREE_RELATIVE = 1e-4
+
+
+def memorisable_split(facts: Facts, count: int, seed: int) -> Split:
+    """Images that a few steps can learn: a random picture for each class, under a fifth of noise."""
+    random = np.random.default_rng(seed)
+    shape = (facts.height_px, facts.width_px, facts.channels)
+    pictures = random.integers(0, 256, (facts.classes, *shape))
+    labels = np.arange(count, dtype=np.int64) % facts.classes
+    noise = random.integers(0, 256, (count, *shape))
+    pixels = (0.8 * pictures[labels] + 0.2 * noise).astype(np.uint8)
+    return Split(pixels, labels, np.arange(count, dtype=np.int64))
+
+
+def check_engines(case: Case) -> Iterator[Outcome]:
+    """Each engine in each precision, as patriarch and as student; then the engines beside each other in fp32."""
+    for precision in PRECISIONS:
+        # Dynamo falls back to eager past a number of compilations of one function: begin anew.
+        torch.compiler.reset()
+        for engine in ENGINES:
+            for role, objective in OBJECTIVES.items():
+                losses = _losses(replace(case, precision=precision), engine, objective, LEARN_STEPS, LEARN_LR)
+                name = f"{engine} {role}, {precision}: loss at the end over the start"
+                yield Outcome(name, _fall(losses), LEARN_LOSS_RATIO, f"{losses[0]:.3f} to {losses[-1]:.3f}")
+    yield from _check_agreement(case)
+
+
+def _check_agreement(case: Case) -> Iterator[Outcome]:
+    torch.compiler.reset()
+    case = replace(case, precision="fp32")
+    with full_fp32():
+        for role, objective in OBJECTIVES.items():
+            eager = _losses(case, "eager", objective, AGREE_STEPS, AGREE_LR)
+            for engine in ENGINES[1:]:
+                found = _losses(case, engine, objective, AGREE_STEPS, AGREE_LR)
+                error = float(np.max(np.abs(found - eager) / np.abs(eager)))
+                yield Outcome(f"{engine} {role} beside eager, fp32: relative loss", error, AGREE_RELATIVE)
+
+
+def _losses(
+    case: Case, engine: Engine, objective: Objective, steps: int, lr: float
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Loss of each step, fp64."""
+    loader = ResidentLoader(case.split, case.facts.pad_px, case.device)
+    rig = make_rig(case, engine, objective, loader)
+    kept: list[Tensor] = []
+    rig = replace(rig, forward=_watched(rig.forward, kept))
+    for _ in range(steps):
+        rig.step(lr)
+    return torch.stack(kept).double().cpu().numpy()
+
+
+def _watched(forward: Forward, kept: list[Tensor]) -> Forward:
+    def watched(images_NCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logits_BC = forward(images_NCHW, labels_B)
+        kept.append(loss.detach().clone())
+        return loss, logits_BC
+
+    return watched
+
+
+def _fall(losses: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    """Mean of the last five over mean of the first five; not a number where any loss is not finite."""
+    if not np.isfinite(losses).all():
+        return float("nan")
+    return float(losses[-5:].mean() / losses[:5].mean())
+
+
+def write_random_cifar100(root: Path, seed: int) -> None:
+    """Files in the official binary layout and size, with random pixels."""
+    layout = LAYOUTS["cifar100"]
+    folder = root / layout.binary
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    for name, count in (*layout.binary_train, *layout.binary_test):
+        records = random.integers(0, 256, (count, layout.label_bytes + PIXELS), dtype=np.uint8)
+        fine = np.arange(count) % 100
+        records[:, 0], records[:, 1] = fine // 5, fine
+        records.tofile(folder / name)
+    (folder / layout.binary_names).write_text("".join(f"class_{number}\n" for number in range(100)))
+
+
+def check_resume(
+    folder: Path, seed: int, device: torch.device, model: str, cases: Sequence[tuple[Engine, Precision]]
+) -> Iterator[Outcome]:
+    """The command itself, stopped by SIGTERM in both generations and taken up again, beside one that was left alone.
+
+    Args:
+        folder: empty.
+        seed: of the pixels.
+        device: where it trains, in torch's deterministic mode.
+        model: name of the network.
+        cases: engine and precision of each pair of runs.
+    """
+    write_random_cifar100(folder / "data", seed)
+    recipe = folder / "resume.yaml"
+    recipe.write_text(_resume_recipe(model))
+    for engine, precision in cases:
+        torch.compiler.reset()
+        words = [
+            "--cfg", str(recipe), f"--data.root={folder / 'data'}", f"--train.engine={engine}",
+            f"--train.precision={precision}", f"--run.device={device.type}",
+        ]  # fmt: skip
+        home = folder / f"{engine}-{precision}"
+        with _determinism_restored():
+            _train([*words, f"--run.dir={home / 'whole' / 'run'}"])
+            stopped_words = [*words, f"--run.dir={home / 'stopped' / 'run'}"]
+            stops = [_train(stopped_words, stop_after_steps=steps) for steps in (3, RESUME_STEPS - 3 + 2)]
+            _train(stopped_words)
+        yield Outcome(f"resume, {engine}, {precision}: stops that did not stop", stops.count(False), 0)
+        differing, tensors = _differing(home / "whole" / "run", home / "stopped" / "run")
+        yield Outcome(f"resume, {engine}, {precision}: tensors that differ", differing, 0, f"of {tensors}")
+
+
+RESUME_EPOCHS, RESUME_IMAGES, RESUME_BATCH = 2, 200, 32
+# Of one generation; the last step of an epoch holds fewer images.
+RESUME_STEPS = RESUME_EPOCHS * -(-RESUME_IMAGES // RESUME_BATCH)
+
+
+def _resume_recipe(model: str) -> str:
+    return f"""\
+data: {{dataset: cifar100, train_limit: {RESUME_IMAGES}, val_limit: 100}}
+model: {{name: {model}}}
+train: {{epochs: {RESUME_EPOCHS}, batch_size: {RESUME_BATCH}}}
+gen: {{generations: 1}}
+run: {{deterministic: true, eval_every_epochs: 1}}
+"""
+
+
+def _train(words: Sequence[str], stop_after_steps: int | None = None) -> bool:
+    """Runs the command, silently; tells whether it was stopped.
+
+    Raises:
+        Stopped: by another signal than the one that was sent here.
+    """
+    step, taken = trainer.take_step, 0
+
+    def stopping(training: Training, forward: Forward, batch: Batch, lr: float) -> None:
+        nonlocal taken
+        step(training, forward, batch, lr)
+        taken += 1
+        if taken == stop_after_steps:
+            signal.raise_signal(signal.SIGTERM)
+
+    with mock.patch.object(trainer, "take_step", stopping), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            train.main(words)
+        except Stopped as stopped:
+            if stop_after_steps is None or stopped.exit_code != 128 + signal.SIGTERM:
+                raise
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def _determinism_restored() -> Iterator[None]:
+    """The command sets these for the whole process; what is measured afterwards shall not be slowed down."""
+    deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def _differing(run: Path, other: Path) -> tuple[int, int]:
+    """Tensors of both generations that are not bit-equal, and how many there are."""
+    differing = count = 0
+    for generation in range(2):
+        weights = Path(f"generation_{generation}") / "model.safetensors"
+        ours, theirs = (read_weights(folder / weights)[0] for folder in (run, other))
+        if ours.keys() != theirs.keys():
+            raise ValueError(f"{run} and {other} hold other networks")
+        differing += sum(not torch.equal(ours[name], theirs[name]) for name in ours)
+        count += len(ours)
+    return differing, count

@@ -1,0 +1,166 @@
+"""Proves on a GPU what the tests prove on a CPU, and measures the training step there.
+
+python -m benchmarks.gpu_check [--minutes=8]
+python -m benchmarks.gpu_check --device=cpu      # the same checks on the CPU, small
+
+Needs the project with its core dependencies, no data set. Inputs are random and fresh; their seed is
+printed. Each check is one line, PASS or FAIL; a failed one makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import step
+from benchmarks.checks import Outcome, check_initial_weights, check_losses, check_teacher, check_views
+from benchmarks.checks_training import check_engines, check_resume, memorisable_split
+from benchmarks.common import RESULTS, Arguments, append_rows, at_least_one, choose, machine_facts, positive_minutes
+from benchmarks.step import Case, Engine, Precision
+from fastgen.data.facts import DATASETS, Facts
+from fastgen.errors import FastgenError, Stopped, command
+
+# Not square and of an odd width, so that a mix-up of the axes shows.
+SMALL_FACTS = Facts(10, 3, 12, 9, 0, 0, 2, True, (0.5, 0.4, 0.3), (0.25, 0.3, 0.2))
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the checks are.
+
+    Attributes:
+        facts: of the images.
+        model: name of the network.
+        batch_size: images in a step.
+        images: in the set.
+        resume: engine and precision of the runs that are stopped and resumed.
+        speed: precisions that are timed, in order of worth.
+        rounds: that are timed.
+    """
+
+    facts: Facts
+    model: str
+    batch_size: int
+    images: int
+    resume: tuple[tuple[Engine, Precision], ...]
+    speed: tuple[Precision, ...]
+    rounds: int
+
+
+FULL = Size(
+    DATASETS["cifar100"], "resnet20", 128, 1000,
+    (("eager", "fp32"), ("eager", "bf16"), ("eager", "fp16"), ("compile", "bf16")), ("bf16", "fp16", "fp32"), 20,
+)  # fmt: skip
+SMALL = Size(SMALL_FACTS, "resnet8", 16, 72, (("eager", "fp32"),), ("fp32",), 2)
+
+Check = Callable[[], Iterator[Outcome]]
+
+
+class ChecksFailed(FastgenError):
+    """Something is not as it must be; told line by line before."""
+
+
+def main(words: Sequence[str]) -> None:
+    """The command."""
+    arguments = _parse(words)
+    # cuBLAS reads this once, when it starts; without it the deterministic runs could not take place.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = choose(arguments.device)
+    if device is None:
+        print("not measured (no GPU)")
+        return
+    step.hush_compiler()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    seed = arguments.seed if arguments.seed is not None else int(np.random.default_rng().integers(2**31))
+    size = FULL if device.type == "cuda" else SMALL
+    print(", ".join(f"{name} {value}" for name, value in machine_facts(device).items() if value is not None))
+    print(f"seed {seed}")
+    with tempfile.TemporaryDirectory() as folder:
+        groups = _groups(size, device, seed, Path(folder), arguments.results, deadline)
+        chosen = {name: check for name, check in groups.items() if name in (arguments.only or groups)}
+        _run(chosen, deadline)
+
+
+def _groups(
+    size: Size, device: torch.device, seed: int, folder: Path, results: Path, deadline: float
+) -> dict[str, Check]:
+    """The checks by name, in the order of their worth."""
+    split = memorisable_split(size.facts, size.images, seed)
+    case = Case(size.model, size.batch_size, "fp32", size.facts, split, device)
+    return {
+        "losses": lambda: check_losses(device, seed),
+        "views": lambda: check_views(case),
+        "init": lambda: check_initial_weights(case),
+        "teacher": lambda: check_teacher(case),
+        "resume": lambda: check_resume(folder, seed, device, size.model, size.resume),
+        "engines": lambda: check_engines(case),
+        "speed": lambda: _measure_speed(size, device, results, deadline),
+    }
+
+
+def _run(groups: dict[str, Check], deadline: float) -> None:
+    """Runs the groups one after the other; one that breaks counts as failed, and the next still runs.
+
+    Raises:
+        ChecksFailed: at least one check did not pass, broke, or found no time.
+    """
+    count, failed = 0, []
+    for name, check in groups.items():
+        if time.monotonic() > deadline:
+            print(f"NOT RUN  {name}: the time is up; give more --minutes")
+            failed.append(f"{name} (not run)")
+            continue
+        start = time.monotonic()
+        try:
+            for outcome in check():
+                print(outcome.line(), flush=True)
+                count += 1
+                failed += [] if outcome.passed else [outcome.name]
+        except Stopped:
+            raise
+        except Exception:  # noqa: BLE001 (told in full, and counted as failed)
+            print(f"FAIL  {name}: broke off\n{traceback.format_exc()}", flush=True)
+            failed.append(f"{name} (broke off)")
+        print(f"      {name}: {time.monotonic() - start:.1f} s", flush=True)
+    if failed:
+        raise ChecksFailed(f"{len(failed)} failed beside {count} checks that ran: {'; '.join(failed)}")
+    print(f"all {count} checks passed")
+
+
+def _measure_speed(size: Size, device: torch.device, results: Path, deadline: float) -> Iterator[Outcome]:
+    """Times each engine beside the bare loop; a check only in that every loss is finite."""
+    split = step.random_split(size.facts, max(size.images, size.facts.train_images))
+    for precision in size.speed:
+        if time.monotonic() > deadline:
+            print(f"NOT MEASURED  speed, {precision}: the time is up")
+            continue
+        case = Case(size.model, size.batch_size, precision, size.facts, split, device)
+        timings = step.measure(case, rounds=size.rounds, steps_per_round=10, until=deadline)
+        step.report(case, timings)
+        append_rows(results / "step.csv", step.result_rows(case, timings, 10, "random"))
+        yield Outcome(f"speed, {precision}: candidates whose loss was not finite", 0, 0)
+
+
+def _parse(words: Sequence[str]) -> Any:
+    names = ["losses", "views", "init", "teacher", "resume", "engines", "speed"]
+    parser = Arguments("benchmarks.gpu_check", "Proves on a GPU what the tests prove on a CPU.")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: the same checks, small")
+    parser.add_argument("--minutes", type=positive_minutes, default=8.0, help="no new part is begun after this time")
+    parser.add_argument("--only", action="append", choices=names, help="this part alone; may be given several times")
+    parser.add_argument("--seed", type=at_least_one, help="of the random inputs; default: a fresh one")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of step.csv")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main, sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""Shared by all tests: tiny recipes, the command as a process, CIFAR-100 as a small copy and as the real one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+
+# Tiny networks gain nothing from threads, and several processes of several threads wait for each other
+# ten times longer than they work. Set before torch is imported; tests that start processes pass it on.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TINY_RECIPE = {
+    "data": {"dataset": "digits"},
+    "model": {"name": "resnet8"},
+    "train": {"epochs": 1, "batch_size": 128},
+    "gen": {"generations": 1},
+    "run": {"device": "cpu", "eval_every_epochs": 0},
+}
+FAKE_TRAIN_IMAGES, FAKE_TEST_IMAGES = 600, 200
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def tiny_recipe(**overrides):
+    """A valid recipe as a tree: `train__epochs=3` sets train.epochs, a value of `...` removes the key."""
+    tree = {section: dict(keys) for section, keys in TINY_RECIPE.items()}
+    for path, value in overrides.items():
+        section, key = path.split("__")
+        tree.setdefault(section, {})[key] = value
+        if value is ...:
+            del tree[section][key]
+    return tree
+
+
+@pytest.fixture
+def write_recipe(tmp_path):
+    """Function that writes `tiny_recipe(**overrides)` to a file and gives its path."""
+
+    def write(folder: Path | None = None, name: str = "tiny.yaml", **overrides) -> Path:
+        path = (folder or tmp_path) / name
+        path.write_text(yaml.safe_dump(tiny_recipe(**overrides)))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_command(tmp_path):
+    """Function that runs `python -m fastgen.train WORDS` (or another module) in an empty folder of its own."""
+
+    def run(words, *, module="fastgen.train", folder: Path | None = None, env=None, timeout=300) -> Ended:
+        if folder is None:
+            folder = tmp_path / "here"
+            folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", module, *map(str, words)]
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def small_layouts(monkeypatch):
+    """Lets `fastgen.data.cifar` expect small files; the true counts would be 185 MB a test. For this process alone."""
+    from fastgen.data import cifar
+
+    for name, layout in cifar.LAYOUTS.items():
+        shrunk = {
+            key: tuple((file, images // len(getattr(layout, key))) for file, _ in getattr(layout, key))
+            for key, images in (
+                ("binary_train", FAKE_TRAIN_IMAGES),
+                ("binary_test", FAKE_TEST_IMAGES),
+                ("python_train", FAKE_TRAIN_IMAGES),
+                ("python_test", FAKE_TEST_IMAGES),
+            )
+        }
+        monkeypatch.setitem(cifar.LAYOUTS, name, replace(layout, **shrunk))
+
+
+@pytest.fixture
+def fake_cifar100(tmp_path, small_layouts):
+    """Folder with random pixels in the binary layout: 6 training and 2 test images of each of 100 classes."""
+    folder = tmp_path / "fake" / "cifar-100-binary"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, images in (("train.bin", FAKE_TRAIN_IMAGES), ("test.bin", FAKE_TEST_IMAGES)):
+        records = random.integers(0, 256, (images, 2 + 3072), dtype=np.uint8)
+        fine = random.permutation(np.arange(images) % 100)
+        records[:, 0], records[:, 1] = fine // 5, fine
+        (folder / name).write_bytes(records.tobytes())
+    (folder / "fine_label_names.txt").write_text("".join(f"class_{number}\n" for number in range(100)))
+    return folder.parent
+
+
+@pytest.fixture(scope="session")
+def cifar100_root():
+    """Folder above the official CIFAR-100 files."""
+    folder = os.environ.get("FASTGEN_CIFAR100")
+    if not folder:
+        pytest.skip("FASTGEN_CIFAR100 does not name the folder of the official CIFAR-100 files")
+    return Path(folder)
