@@ -193,7 +193,7 @@ def load_network(recipe: Recipe, dataset: Dataset, weights: Path, device: torch.
 
 def main(words: Sequence[str]) -> None:
     """The command."""
-    from fastgen.tables import measurement_table
+    from fastgen.tables import measurement_table, print_table
 
     if not words or words[0].startswith("-"):
         raise UserError(
@@ -208,7 +208,7 @@ def main(words: Sequence[str]) -> None:
     dataset = open_dataset(recipe)
     device = choose_device(recipe.run)
     rows = _measure_all(recipe, dataset, networks, device)
-    print(measurement_table(rows, dataset))
+    print_table(measurement_table(rows, dataset))
 
 
 def _networks_of(target: Path) -> list[tuple[str, Path]]:

@@ -31,8 +31,8 @@ def plain_view(image_HWC, pad, row):
 
 
 def require_channels_last(images_NCHW):
-    """Pixels of one image lie as H, W, C; strides of dimensions of size 1 mean nothing, hence the copy to compare."""
-    images, channels, height, width = images_NCHW.shape
+    """Pixels of one image lie as H, W, C; strides of dimensions of size 1 mean nothing."""
+    _, channels, height, width = images_NCHW.shape
     assert images_NCHW.is_contiguous(memory_format=torch.channels_last)
     if channels > 1 and min(height, width) > 1:
         assert images_NCHW.stride()[1:] == (1, width * channels, channels)

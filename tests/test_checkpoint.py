@@ -104,7 +104,7 @@ def break_disk(monkeypatch, fails_at):
 
     if fails_at == "write":
         monkeypatch.setattr(
-            checkpoint, "open", lambda path, mode: BrokenDisk(open(path, mode), fails_at), raising=False
+            checkpoint, "open", lambda path, mode: BrokenDisk(io.FileIO(path, mode), fails_at), raising=False
         )
     else:
         monkeypatch.setattr(checkpoint.os, fails_at, fail)

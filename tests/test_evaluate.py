@@ -62,7 +62,13 @@ def require_close(found, expected, classes, size):
     The errors are counts, and exact. `size` is the largest |z|; the share divides by 1 - p_a1, at least 0.01 here.
     """
     unit = (classes + 8) * 2.0**-24
-    tolerances = {"samples": 0, "top1_error": 1e-11, "top5_error": 1e-11, "topk_share": 100 * 2 * unit, "nll": unit * size}
+    tolerances = {
+        "samples": 0,
+        "top1_error": 1e-11,
+        "top5_error": 1e-11,
+        "topk_share": 100 * 2 * unit,
+        "nll": unit * size,
+    }
     for name, a, b in zip(NAMES, astuple(found), astuple(expected), strict=True):
         assert abs(a - b) <= tolerances.get(name, 2 * unit), (name, a, b)
 
@@ -192,8 +198,9 @@ def test_measure_runs_in_eval_mode_and_puts_the_mode_back(bench):
 def test_measure_stops_when_asked(bench):
     loader, _, views, normalise, logits = bench
     model = Lookup(logits)
-    with StopRequest() as stop, pytest.raises(Stopped, match="SIGTERM"):
+    with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM"):
         measure(model, loader, views, normalise, 5, CPU, stop)
     assert model.batches == []
 

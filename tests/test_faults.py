@@ -86,7 +86,7 @@ def test_kills_at_random_instants_lose_nothing(tmp_path, recipe, server):
     undisturbed.start()
     undisturbed.join()
     expected = fingerprint(tmp_path / "whole")
-    draw, kills, chain = random.Random(0), 0, 0
+    draw, kills, chain, resumed_at = random.Random(0), 0, 0, set()
     while kills < KILLS:
         # One chain: killed and resumed until it ends by itself.
         words, ended = run_words(recipe, tmp_path / f"chain{chain}"), False
@@ -102,14 +102,19 @@ def test_kills_at_random_instants_lose_nothing(tmp_path, recipe, server):
                 session.join()
                 kills += 1
         assert fingerprint(tmp_path / f"chain{chain}") == expected
+        resumed_at |= steps_resumed_at(tmp_path / f"chain{chain}" / "run")
         chain += 1
+    # The kills fell all over the training, not on its beginning alone.
+    assert len(resumed_at) >= KILLS // 4
 
 
 # A save calls replace once: the kill falls when the new content stands beside the old one. With a
 # checkpoint after every step, 1 to 3 are the run folder's own files, 4 the link, then come 9
 # checkpoints, the weights (14), the node's mark (15), its measurement (16) and the results (17); then
 # the student's. A save calls fsync twice: in the first call the new content may be torn.
-@pytest.mark.parametrize("at", ["fsync 2", "fsync 15", "replace 2", "replace 9", *(f"replace {n}" for n in range(13, 19))])
+@pytest.mark.parametrize(
+    "at", ["fsync 2", "fsync 15", "replace 2", "replace 9", *(f"replace {n}" for n in range(13, 19))]
+)
 def test_kills_within_a_save_lose_nothing(tmp_path, recipe, server, expected_of_one_epoch, at):
     name, call = at.split()
     words = [*run_words(recipe, tmp_path), *ONE_EPOCH]
@@ -127,6 +132,13 @@ def expected_of_one_epoch(tmp_path_factory):
     (folder / "small.yaml").write_text(RECIPE)
     main([*run_words(folder / "small.yaml", folder), *ONE_EPOCH])
     return fingerprint(folder)
+
+
+def steps_resumed_at(run: Path) -> set[tuple[int, int]]:
+    """Generation and step at which sessions went on in the middle of a training."""
+    lines = [line for line in (run / "events.jsonl").read_text().splitlines() if line.endswith("}")]
+    begun = [event for event in map(json.loads, lines) if event["event"] == "generation_begin"]
+    return {(event["generation"], event["step"]) for event in begun if event["step"] > 0}
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:

@@ -2,8 +2,8 @@
 
 z logits, p = softmax(z), y label, w = +1 on the first class, -1/(K-1) on classes 2..K, else 0:
 
-    tolerant: L = (1-eta) (-ln p_y) + eta S,  S = sum_j w_j p_j,  dL/dz_j = (1-eta)(p_j - [j=y]) + eta p_j (w_j - S)
-    distill:  L = (1-lambda) (-ln p_y) + lambda t^2 KL(T || P),   dL/dz_j = (1-lambda)(p_j - [j=y]) + lambda t (P_j - T_j)
+    tolerant: L = (1-eta) (-ln p_y) + eta S,  S = sum_j w_j p_j, dL/dz_j = (1-eta)(p_j - [j=y]) + eta p_j (w_j - S)
+    distill:  L = (1-lambda) (-ln p_y) + lambda t^2 KL(T || P), dL/dz_j = (1-lambda)(p_j - [j=y]) + lambda t (P_j - T_j)
 
 with T and P the softmax of teacher and student at temperature t; means over the batch.
 """

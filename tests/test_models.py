@@ -217,7 +217,8 @@ def folding_error(layers, fan_in, size):
 
 
 @pytest.mark.parametrize(
-    ("name", "downsample", "pairs"), [("resnet8", "pooled", 7), ("resnet20", "strided", 19), ("resnet56", "strided", 55)]
+    ("name", "downsample", "pairs"),
+    [("resnet8", "pooled", 7), ("resnet20", "strided", 19), ("resnet56", "strided", 55)],
 )
 def test_a_folded_network_equals_the_network_in_eval_mode(name, downsample, pairs):
     model, folded = (trained_looking(network(name, downsample=downsample)).eval() for _ in range(2))
@@ -291,9 +292,7 @@ def test_teacher_and_student_see_the_same_tensor():
 
     train = TrainSettings(epochs=1)
     normalise = Normaliser((0.5,) * 3, (0.25,) * 3, CPU, torch.float32)
-    forward = make_forward(
-        Student(), lambda z, y, v: distill(z, y, v, 0.6), teach, normalise, train, CPU
-    )
+    forward = make_forward(Student(), lambda z, y, v: distill(z, y, v, 0.6), teach, normalise, train, CPU)
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     loss, logits = forward(images, torch.arange(4))
     assert seen[0] is seen[1]

@@ -250,6 +250,12 @@ def misspelt(tree):
                 yield f"{section}.{typo}", f"{section}.{key}", {**tree, section: renamed}
 
 
+def plain_tree(path):
+    """The recipe by PyYAML's own rules, to which 1e-4 is text."""
+    tree = yaml.safe_load(path.read_text())
+    return {section: {key: 1e-4 if v == "1e-4" else v for key, v in keys.items()} for section, keys in tree.items()}
+
+
 def test_there_are_recipes():
     assert RECIPES
 
@@ -262,7 +268,7 @@ def test_every_recipe_is_valid(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_typo_in_a_recipe_is_refused(path):
-    tree, count = yaml.safe_load(path.read_text()), 0
+    tree, count = plain_tree(path), 0
     for typo, meant, wrong in misspelt(tree):
         with pytest.raises(UserError) as caught:
             load_text(json.dumps(wrong), "wrong.yaml")  # JSON is YAML, and faster to write
@@ -330,12 +336,16 @@ def test_values_arrive_as_what_they_are(write_recipe, text, section, key, value)
 @pytest.mark.parametrize("text", ["010", "08", "-07"])
 def test_a_leading_zero_makes_no_octal_number(write_recipe, text):
     """Refused or decimal: 010 must not become 8, as it does in YAML 1.1, and 08 must not end in a traceback."""
+    words = [f"--cfg={write_recipe()}", f"--gen.generations={text}"]
+    if text == "-07":
+        with pytest.raises(UserError, match=r"gen\.generations"):
+            read_recipe(words)
+        return
     try:
-        read = read_recipe([f"--cfg={write_recipe()}", f"--gen.generations={text}"])
+        found = read_recipe(words).gen.generations
     except UserError as refusal:
-        assert "gen.generations" in str(refusal)
-    else:
-        assert read.gen.generations == int(text)
+        found = str(refusal)
+    assert found == int(text) or "gen.generations" in str(found)
 
 
 @pytest.mark.parametrize("text", ["0123", "1e5", "true", "a b", "a: b", "[x]", "~x", "#x"])

@@ -37,7 +37,7 @@ def build_loader(recipe: Recipe, dataset: Dataset, split: Split, device: torch.d
     if recipe.data.backend == "synthetic":
         from fastgen.data.synthetic import SyntheticLoader
 
-        return SyntheticLoader(len(split), dataset.facts, recipe.train.batch_size, device)
+        return SyntheticLoader(len(split), dataset.facts, device)
     from fastgen.data.resident import ResidentLoader
 
     return ResidentLoader(split, dataset.crop.pad_px, device)

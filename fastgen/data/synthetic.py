@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from fastgen.data.batch import Batch
 from fastgen.data.facts import Facts
@@ -17,17 +18,12 @@ class SyntheticLoader:
     Args:
         samples: how many samples an epoch pretends to have.
         facts: shape of the images and number of classes.
-        batch_size: the largest batch that will be asked for.
         device: where the batch is kept.
     """
 
-    def __init__(self, samples: int, facts: Facts, batch_size: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-        shape = (min(batch_size, samples), facts.channels, facts.height_px, facts.width_px)
-        images_NCHW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        self._images_NCHW = images_NCHW.to(device, memory_format=torch.channels_last)
-        self._labels = torch.randint(0, facts.classes, shape[:1], generator=generator).to(device)
+    def __init__(self, samples: int, facts: Facts, device: torch.device) -> None:
         self._samples = samples
+        self._facts = facts
         self._device = device
 
     def __len__(self) -> int:
@@ -35,6 +31,14 @@ class SyntheticLoader:
 
     def batches(self, views: EpochViews, batch_size: int, first_batch: int = 0) -> Iterator[Batch]:
         """See `Loader.batches`; the ids are the positions in the order, the pixels belong to none."""
+        images_NCHW, labels = self._draw(min(batch_size, self._samples))
         positions = torch.from_numpy(views.order).to(self._device)
         for ids in positions[first_batch * batch_size :].split(batch_size):
-            yield Batch(self._images_NCHW[: len(ids)], self._labels[: len(ids)], ids)
+            yield Batch(images_NCHW[: len(ids)], labels[: len(ids)], ids)
+
+    def _draw(self, count: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shape = (count, self._facts.channels, self._facts.height_px, self._facts.width_px)
+        images_NCHW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        labels = torch.randint(0, self._facts.classes, (count,), generator=generator)
+        return images_NCHW.to(self._device, memory_format=torch.channels_last), labels.to(self._device)
