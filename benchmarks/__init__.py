@@ -1,1 +1,1 @@
-"""Measurements, one file a question; rows of results in results/. Run from the repository: `python -m benchmarks.step`."""
+"""Measurements, one file a question; their rows are in results/. To be run from the repository's root."""

@@ -1,4 +1,4 @@
-"""Checks of whole trainings on a device: every engine and precision learns, engines agree, runs resume. For `gpu_check`."""
+"""Checks of whole trainings on a device: all engines and precisions learn, engines agree, runs resume."""
 
 from __future__ import annotations
 

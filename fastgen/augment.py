@@ -12,20 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+WORD_BYTES = 4
+
+
 class Windows:
     """All crops of a set of images that keep the image's size, as one strided view without a copy.
 
+    A pixel is kept as one 32-bit word, since gathering words takes half the time of gathering bytes:
+    (H + 2 pad)(W + 2 pad) words an image.
+
     Args:
-        images_NHWC: uint8.
+        images_NHWC: uint8, at most four channels.
         pad_px: zeros that are put around each image, so that a corner may lie in [-pad, pad].
     """
 
     def __init__(self, images_NHWC: Tensor, pad_px: int) -> None:
+        height, width, self.channels = images_NHWC.shape[1:]
+        if self.channels > WORD_BYTES:
+            raise ValueError(f"{self.channels} channels do not fit into a word of {WORD_BYTES} bytes")
         self.pad_px = pad_px
-        height, width = images_NHWC.shape[1:3]
-        padded_NHWC = F.pad(images_NHWC, (0, 0, pad_px, pad_px, pad_px, pad_px)).contiguous()
-        # (N, 2 pad + 1, 2 pad + 1, C, H, W): element [n, top + pad, left + pad] is one crop.
-        self.crops = padded_NHWC.unfold(1, height, 1).unfold(2, width, 1)
+        edges = (0, WORD_BYTES - self.channels, pad_px, pad_px, pad_px, pad_px)
+        padded_NHW = F.pad(images_NHWC, edges).contiguous().view(torch.int32).squeeze(-1)
+        # (N, 2 pad + 1, 2 pad + 1, H, W): element [n, top + pad, left + pad] is one crop.
+        self.crops = padded_NHW.unfold(1, height, 1).unfold(2, width, 1)
 
 
 def crop_and_flip(windows: Windows, positions: Tensor, rows: Tensor) -> Tensor:
@@ -40,10 +49,11 @@ def crop_and_flip(windows: Windows, positions: Tensor, rows: Tensor) -> Tensor:
     Returns:
         uint8 (B, C, H, W) in channels-last memory, pixels as stored, zeros outside the image.
     """
-    crops_BCHW = windows.crops[positions, rows[:, 0] + windows.pad_px, rows[:, 1] + windows.pad_px]
-    crops_BCHW = crops_BCHW.contiguous(memory_format=torch.channels_last)
-    flipped_BCHW = crops_BCHW.flip(3)
-    return torch.where(rows[:, 4].bool()[:, None, None, None], flipped_BCHW, crops_BCHW)
+    crops_BHW = windows.crops[positions, rows[:, 0] + windows.pad_px, rows[:, 1] + windows.pad_px]
+    views_BHW = torch.where(rows[:, 4].bool()[:, None, None], crops_BHW.flip(2), crops_BHW)
+    words_BHWC = views_BHW.view(torch.uint8).unflatten(2, (-1, WORD_BYTES))
+    images_NCHW = words_BHWC[..., : windows.channels].permute(0, 3, 1, 2)
+    return images_NCHW.contiguous(memory_format=torch.channels_last)
 
 
 class Normaliser:

@@ -151,7 +151,7 @@ def test_synthetic_loader_keeps_the_contract(samples, batch_size, first_batch):
     facts = DATASETS["cifar100"]
     ids = np.arange(samples)
     views = training_views(ids, CropPolicy(32, 32, 4, flip=True), 0, 0, 0)
-    loader = SyntheticLoader(samples, facts, batch_size, CPU)
+    loader = SyntheticLoader(samples, facts, CPU)
     batches = list(loader.batches(views, batch_size, first_batch))
     assert len(loader) == samples
     np.testing.assert_array_equal(torch.cat([batch.ids for batch in batches]), views.order[first_batch * batch_size :])
@@ -168,13 +168,13 @@ def test_synthetic_loader_keeps_the_contract(samples, batch_size, first_batch):
     assert abs(full.images_NCHW.double().mean().item() - 127.5) < 5 * spread
     assert full.labels.min() >= 0
     assert full.labels.max() < facts.classes
-    again = next(iter(SyntheticLoader(samples, facts, batch_size, CPU).batches(views, batch_size)))
+    again = next(iter(SyntheticLoader(samples, facts, CPU).batches(views, batch_size)))
     assert torch.equal(again.images_NCHW[: len(batches[0].ids)], batches[0].images_NCHW)
 
 
 def test_synthetic_batches_are_as_large_as_they_are_asked_for():
     """Evaluation asks for larger batches than training: every sample must be counted all the same."""
     views = EpochViews(np.arange(300), np.zeros((300, 5), np.int32))
-    loader = SyntheticLoader(300, DATASETS["digits"], 64, CPU)
+    loader = SyntheticLoader(300, DATASETS["digits"], CPU)
     for batch in loader.batches(views, 200):
         assert len(batch.images_NCHW) == len(batch.labels) == len(batch.ids)

@@ -265,7 +265,7 @@ def test_a_folder_with_another_recipe_is_refused_and_left_alone(finished):
     stored = (finished / "run" / "recipe.yaml").read_bytes()
     with pytest.raises(UserError, match=r"another recipe \(its train.lr is 0.1, not 0.2\)"):
         main(words_of(finished, "run", "--train.lr=0.2"))
-    with pytest.raises(UserError, match="run.resume is false"):
+    with pytest.raises(UserError, match=r"run\.resume is false"):
         main(words_of(finished, "run", "--run.resume=false"))
     assert (finished / "run" / "recipe.yaml").read_bytes() == stored
 

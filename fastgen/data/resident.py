@@ -19,7 +19,7 @@ class ResidentLoader:
     Args:
         split: the samples.
         pad_px: how far a crop may reach over the image's edge.
-        device: where the set is kept: about (H + 2 pad)(W + 2 pad) C bytes an image.
+        device: where the set is kept, 4 (H + 2 pad)(W + 2 pad) bytes an image.
     """
 
     def __init__(self, split: Split, pad_px: int, device: torch.device) -> None:
