@@ -82,7 +82,9 @@ class DataSettings:
 class ModelSettings:
     """model: the network, the same in every generation"""
 
-    name: str = setting(..., "resnet8, resnet20, resnet32, resnet44, resnet56, resnet74, resnet92, resnet110")
+    name: Literal["resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet74", "resnet92", "resnet110"] = (
+        setting(..., "network")
+    )
     downsample: Literal["strided", "pooled"] = setting(
         "strided", "strided: He et al.; pooled: average pooling between the stages, as arXiv 1805.05551 words it"
     )

@@ -81,7 +81,7 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> 
     try:
         main(arguments)
     except FastgenError as error:
-        print(f"fastgen: {error}", file=sys.stderr)
+        _tell(error)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output went away (`| head`); there is nobody left to tell.
@@ -89,9 +89,14 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> 
         return 0
     except OSError as error:
         told = as_one_line(error)
-        print(f"fastgen: {told}", file=sys.stderr)
+        _tell(told)
         return told.exit_code
     except KeyboardInterrupt:
         print("fastgen: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def _tell(error: FastgenError) -> None:
+    # One line, also where the text quotes a value that spans several.
+    print(f"fastgen: {' '.join(str(error).split())}", file=sys.stderr)

@@ -8,6 +8,7 @@ Plain PyTorch, always fp32, no training kernel; each sample is counted exactly o
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class Tally:
         """
         self._samples += len(labels_B)
         rank_B = rank_of_label(scores_BC, labels_B)
+        # A row that is not a number gives no class any probability; its label gets the smallest one.
+        log_p_BC = log_p_BC.nan_to_num(nan=math.log(torch.finfo(torch.float32).tiny))
         p_BC = log_p_BC.exp()
         top_BK = p_BC.topk(min(self._k, p_BC.shape[1]), dim=1).values
         log_p_label_B = log_p_BC.gather(1, labels_B[:, None])[:, 0]

@@ -8,8 +8,8 @@ variables win over the command line, reads 'false' as True and exits with 0 on a
 from __future__ import annotations
 
 import difflib
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,7 +55,18 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        # PyYAML's own reads 010 as eight.
+        return int(self.construct_scalar(node))
 
+
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes what `_StrictLoader` would not read back as text."""
+
+    yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 for _tag, _pattern, _first in (
     ("tag:yaml.org,2002:bool", r"^(?:true|false)$", "tf"),
     ("tag:yaml.org,2002:null", r"^(?:null|~|)$", ["n", "~", ""]),
@@ -142,7 +153,7 @@ def help_text(command: str) -> str:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `read_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.as_dict(), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def load_text(text: str, name: str) -> Recipe:
@@ -171,7 +182,9 @@ def _default(f: Field[Any]) -> Any:
 def _build(values: Mapping[str, Any]) -> Recipe:
     declared = _declare()
     missing = [
-        ".".join(path) for path, param in declared.entries.items() if param.required and ".".join(path) not in values
+        ".".join(path)
+        for path, param in declared.entries.items()
+        if param.required and values.get(".".join(path)) is None
     ]
     if missing:
         raise UserError(f"{missing[0]} is missing: set it in the recipe or with --{missing[0]}=...")
@@ -231,7 +244,7 @@ def _read_yaml(text: str, name: str) -> dict[str, Any]:
 def _parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, KeyError) as error:
         raise UserError(f"is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -315,7 +328,7 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
         matches = [_match(entry, item) for entry in value]
         return all(ok for ok, _ in matches), tuple(result for _, result in matches)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return math.isfinite(value), float(value)
+        return abs(value) <= sys.float_info.max, float(value) if abs(value) <= sys.float_info.max else None
     # bool is an int to Python; a recipe that says `epochs: true` is wrong all the same.
     return type(value) is hint, value
 

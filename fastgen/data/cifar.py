@@ -27,6 +27,7 @@ class Layout:
     Attributes:
         binary, python: names of the two folders under data.root.
         binary_train, binary_test, python_train, python_test: files and the images in each.
+        classes: how many there are.
         label_bytes: bytes before the pixels of a binary record; the last is the label.
         label_key: of the labels in a python file.
         binary_names, python_names: file that lists the classes, and the key in the python one.
@@ -38,6 +39,7 @@ class Layout:
     binary_test: tuple[tuple[str, int], ...]
     python_train: tuple[tuple[str, int], ...]
     python_test: tuple[tuple[str, int], ...]
+    classes: int
     label_bytes: int
     label_key: str
     binary_names: str
@@ -52,6 +54,7 @@ LAYOUTS = {
         binary_test=(("test.bin", 10_000),),
         python_train=(("train", 50_000),),
         python_test=(("test", 10_000),),
+        classes=100,
         label_bytes=2,
         label_key="fine_labels",
         binary_names="fine_label_names.txt",
@@ -64,6 +67,7 @@ LAYOUTS = {
         binary_test=(("test_batch.bin", 10_000),),
         python_train=tuple((f"data_batch_{n}", 10_000) for n in range(1, 6)),
         python_test=(("test_batch", 10_000),),
+        classes=10,
         label_bytes=1,
         label_key="labels",
         binary_names="batches.meta.txt",
@@ -97,13 +101,16 @@ def read_cifar(dataset: str, root: Path, *, download: bool = False) -> tuple[Spl
     if (root / layout.binary).is_dir():
         folder = root / layout.binary
         train, test = (_read_binary(folder, files, layout) for files in (layout.binary_train, layout.binary_test))
-        names = tuple(_read_bytes(folder / layout.binary_names, 1).decode().split())
+        named_in = folder / layout.binary_names
+        listed: Any = _lines(named_in)
     else:
         folder = root / layout.python
         train, test = (_read_python(folder, files, layout) for files in (layout.python_train, layout.python_test))
         file, key = layout.python_names
-        names = tuple(_unpickle(folder / file, 1)[key])
-    return train, test, names
+        listed, named_in = _unpickle(folder / file, 1).get(key), folder / file
+    if not isinstance(listed, list) or len(listed) != layout.classes:
+        raise UserError(f"{named_in}: does not name {layout.classes} classes: fetch the official file again")
+    return train, test, tuple(str(name) for name in listed)
 
 
 def _read_binary(folder: Path, files: tuple[tuple[str, int], ...], layout: Layout) -> Split:
@@ -113,7 +120,7 @@ def _read_binary(folder: Path, files: tuple[tuple[str, int], ...], layout: Layou
         content = _read_bytes(folder / name, count * record_bytes, exact=True)
         records = np.frombuffer(content, np.uint8).reshape(count, record_bytes)
         images.append(records[:, layout.label_bytes :])
-        labels.append(records[:, layout.label_bytes - 1].astype(np.int64))
+        labels.append(_checked_labels(records[:, layout.label_bytes - 1], layout, folder / name))
     return _split(images, labels)
 
 
@@ -129,8 +136,16 @@ def _read_python(folder: Path, files: tuple[tuple[str, int], ...], layout: Layou
         if not isinstance(numbers, list) or len(numbers) != count:
             raise UserError(f"{folder / name}: does not hold {count} {layout.label_key}: fetch the official file again")
         images.append(pixels)
-        labels.append(np.asarray(numbers, np.int64))
+        labels.append(_checked_labels(numbers, layout, folder / name))
     return _split(images, labels)
+
+
+def _checked_labels(labels: Any, layout: Layout, path: Path) -> Int64:
+    """int64 labels, all of them of a class that there is."""
+    found = np.asarray(labels)
+    if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= layout.classes:
+        raise UserError(f"{path}: holds labels outside 0..{layout.classes - 1}: fetch the official file again")
+    return found.astype(np.int64)
 
 
 def _split(images: list[UInt8], labels: list[Int64]) -> Split:
@@ -150,6 +165,13 @@ def _read_bytes(path: Path, expected_bytes: int, *, exact: bool = False) -> byte
             f"{path}: expected {least}{expected_bytes:,} bytes, found {found_bytes:,}: fetch the official file again"
         )
     return path.read_bytes()
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return _read_bytes(path, 1).decode().split()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is damaged (no text): fetch the official file again") from None
 
 
 class _ArraysOnly(pickle.Unpickler):
