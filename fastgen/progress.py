@@ -53,7 +53,7 @@ class Display:
         """Starts a generation."""
         self._leg, self._step = leg, leg.first_step
         self._started = self._printed = time.monotonic()
-        self._latest = ""
+        self._latest = self._lr = ""
         if self._console.is_terminal:
             self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
@@ -64,11 +64,12 @@ class Display:
 
     def log(self, reading: Reading, lr: float) -> None:
         """Notes what was read from the device, and prints a plain line where it is time for one."""
-        self._latest = f"loss {reading.loss:.3f}  accuracy {100 * reading.accuracy:.1f} %  lr {lr:g}"
+        self._latest = f"loss {reading.loss:.3f}  accuracy {100 * reading.accuracy:.1f} %"
+        self._lr = f"  lr {lr:g}"
         done = self._step >= self._leg.total_steps
-        if self._live is None and (done or time.monotonic() - self._printed >= PLAIN_SECONDS):
+        if done or (self._live is None and time.monotonic() - self._printed >= PLAIN_SECONDS):
             self._printed = time.monotonic()
-            self._console.print(self._line(), highlight=False, soft_wrap=True)
+            self.say("  ".join((self._where(), self._how())))
 
     def end(self) -> None:
         """Ends a generation, also one that was broken off."""
@@ -84,24 +85,26 @@ class Display:
         """Steps a second of this session, evaluations and savings included."""
         return (self._step - self._leg.first_step) / max(time.monotonic() - self._started, 1e-9)
 
-    def _line(self) -> str:
+    def _where(self) -> str:
         leg = self._leg
         epochs = -(-leg.total_steps // leg.steps_per_epoch)
         epoch = min(self._step // leg.steps_per_epoch + 1, epochs)
-        rate = self._rate()
+        return f"generation {leg.index}/{leg.last_index} {leg.role}  epoch {epoch}/{epochs}{self._lr}"
+
+    def _how(self) -> str:
+        leg, rate = self._leg, self._rate()
         images_per_second = rate * leg.images / leg.steps_per_epoch
-        here = (leg.total_steps - self._step) / rate if rate else None
-        run = here + leg.generations_left * leg.total_steps / rate if here is not None else None
-        left = f"left {_clock(here)}, of the run about {_clock(run)}"
-        return (
-            f"generation {leg.index}/{leg.last_index} {leg.role}  epoch {epoch}/{epochs}  "
-            f"{images_per_second:,.0f} images/s  {self._latest}  {left}"
-        )
+        left = (leg.total_steps - self._step) / rate if rate else None
+        run = None if left is None else left + leg.generations_left * leg.total_steps / rate
+        return f"{images_per_second:,.0f} images/s  {self._latest}  left {_clock(left)} (run about {_clock(run)})"
 
     def _render(self) -> Table:
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=self._leg.total_steps, completed=self._step, width=24), self._line())
-        return grid
+        grid.add_row(ProgressBar(total=self._leg.total_steps, completed=self._step, width=32), self._where())
+        whole = Table.grid()
+        whole.add_row(grid)
+        whole.add_row(self._how())
+        return whole
 
 
 def _clock(seconds: float | None) -> str:

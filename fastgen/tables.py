@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,43 +12,46 @@ from rich.table import Table
 from fastgen.data.split import Dataset
 from fastgen.evaluate import Measurement
 
-PLAIN_WIDTH = 200
+PLAIN_WIDTH = 120
 
 
-def results_table(results: Mapping[str, Any]) -> Table:
-    """A row a generation: errors alone and as the ensemble of 0..g, confidence beside its laws, speed."""
-    rows = results["generations"]
-    table = Table(title=_title(results), box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in (
-        "generation", "top-1 error %", "top-5 error %", "ensemble top-1 %", "ensemble top-5 %", "train error %",
-        "mean p_a1", "mean p_y", "law f_g", "law f_g(s)", "share s", "images/s", "seconds",
-    ):  # fmt: skip
-        table.add_column(heading, justify="left" if heading == "generation" else "right")
-    for row in rows:
-        table.add_row(
-            f"{row['generation']} {row['role']}",
-            _number(row["top1_error"], 2),
-            _number(row["top5_error"], 2),
-            _number(row["ensemble_top1_error"], 2),
-            _number(row["ensemble_top5_error"], 2),
-            _number(row["train_top1_error"], 2),
-            _number(row["mean_confidence"], 3),
-            _number(row["mean_label_confidence"], 3),
-            _number(row["ideal_confidence"], 3),
-            _number(row["ideal_confidence_at_share"], 3),
-            _number(row["topk_share"], 3),
-            f"{row['train_images_per_second']:,.0f}",
-            f"{row['wall_seconds']:,.0f}",
+def error_table(results: Mapping[str, Any]) -> Table:
+    """A row a generation, in the paper's form: errors alone and as the ensemble of 0..g; speed and time."""
+    title = f"{_title(results)}: errors in percent, alone and as the ensemble of generations 0..g"
+    headings = ("generation", "top-1", "top-5", "ensemble top-1", "top-5", "images/s", "seconds")
+    table = _table(title, headings)
+    for row in results["generations"]:
+        errors = ("top1_error", "top5_error", "ensemble_top1_error", "ensemble_top5_error")
+        speed = (f"{row['train_images_per_second']:,.0f}", f"{row['wall_seconds']:,.0f}")
+        table.add_row(_name(row), *(_number(row[key], 2) for key in errors), *speed)
+    return table
+
+
+def confidence_table(results: Mapping[str, Any]) -> Table:
+    """A row a generation: confidence on the training set beside the laws that predict it."""
+    title = (
+        f"confidence on the {results['train_images']:,} training images, plain views, "
+        "beside the laws f_g and, at the patriarch's share s, f_g(s)"
+    )
+    headings = ("generation", "error %", "mean p_a1", "mean p_y", "f_g", "f_g(s)", "share s")
+    table = _table(title, headings)
+    for row in results["generations"]:
+        laws = (
+            "mean_confidence",
+            "mean_label_confidence",
+            "ideal_confidence",
+            "ideal_confidence_at_share",
+            "topk_share",
         )
+        table.add_row(_name(row), _number(row["train_top1_error"], 2), *(_number(row[key], 3) for key in laws))
     return table
 
 
 def measurement_table(rows: Sequence[tuple[str, Measurement]], dataset: Dataset) -> Table:
     """A row a network, or an ensemble."""
     samples = rows[0][1].samples
-    table = Table(title=f"{dataset.evaluated_on}: {samples:,} samples", box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in ("network", "top-1 error %", "top-5 error %", "mean p_a1", "mean p_y", "share s", "NLL", "ECE"):
-        table.add_column(heading, justify="left" if heading == "network" else "right")
+    headings = ("network", "top-1 %", "top-5 %", "p_a1", "p_y", "share s", "NLL", "ECE")
+    table = _table(f"{dataset.evaluated_on}: errors and means over {samples:,} samples", headings)
     for name, m in rows:
         values = (m.mean_confidence, m.mean_label_confidence, m.topk_share, m.nll, m.ece)
         table.add_row(name, f"{m.top1_error:.2f}", f"{m.top5_error:.2f}", *(f"{value:.3f}" for value in values))
@@ -57,26 +59,28 @@ def measurement_table(rows: Sequence[tuple[str, Measurement]], dataset: Dataset)
 
 
 def print_table(table: Table) -> None:
-    """Prints to standard output; where that is no terminal, at a width that breaks no heading."""
+    """Prints to standard output; where that is no terminal, at a width that breaks no line."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
     console.print(table)
 
 
-def as_text(table: Table) -> str:
-    """The table as plain text."""
-    console = Console(file=io.StringIO(), width=PLAIN_WIDTH)
-    console.print(table)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.splitlines())
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if column else "left", no_wrap=True)
+    return table
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['generation']} {row['role']}"
 
 
 def _title(results: Mapping[str, Any]) -> str:
     samples = {row["samples_evaluated"] for row in results["generations"]}
     counted = " and ".join(f"{count:,}" for count in sorted(samples))
-    evaluated = f"{counted} {results['evaluated_on']} images"
-    return f"{results['model']} on {results['dataset']}, {evaluated}, ensemble of generations 0..g"
+    return f"{results['model']} on {results['dataset']}, {counted} {results['evaluated_on']} images"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -26,7 +26,7 @@ from fastgen.recipe import read_recipe
 from fastgen.record import Recorder, RunFolder, open_run
 from fastgen.results import Results
 from fastgen.stop import StopRequest
-from fastgen.tables import print_table, results_table
+from fastgen.tables import confidence_table, error_table, print_table
 from fastgen.trainer import Workbench, train_generation
 
 Plan = tuple[Generation, ...]
@@ -91,7 +91,8 @@ def _run(
         folder.write_results(results.as_dict())
         stop.check()
     recorder.event("run_end")
-    print_table(results_table(results.as_dict()))
+    print_table(error_table(results.as_dict()))
+    print_table(confidence_table(results.as_dict()))
     print(f"{folder.path / 'results.json'}")
 
 

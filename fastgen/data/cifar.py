@@ -164,7 +164,10 @@ def _read_bytes(path: Path, expected_bytes: int, *, exact: bool = False) -> byte
         raise UserError(
             f"{path}: expected {least}{expected_bytes:,} bytes, found {found_bytes:,}: fetch the official file again"
         )
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except PermissionError:
+        raise UserError(f"{path}: may not be read: change its permissions, or data.root") from None
 
 
 def _lines(path: Path) -> list[str]:
