@@ -6,6 +6,7 @@ python -m fastgen.train --help
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def main(words: Sequence[str]) -> None:
         except Stopped as stopped:
             recorder.event("stopped", reason=str(stopped))
             recorder.end_generation()
-            recorder.say(f"saved; resume with: python -m fastgen.train {' '.join(words)}")
+            recorder.say(f"saved; resume with: python -m fastgen.train {shlex.join(words)}")
             raise
         except Diverged as diverged:
             recorder.event("diverged", reason=str(diverged), step=diverged.step, ids=diverged.ids)

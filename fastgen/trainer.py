@@ -94,7 +94,7 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
                     take_step(training, forward, batch, schedule.lr(training.step))
                     bench.recorder.stepped(training.step)
                     if training.step % schedule.steps_per_epoch == 0:
-                        break
+                        break  # what an epoch's end has to tell and to save follows below
                     if training.step % bench.recipe.run.log_every_steps == 0:
                         _log(bench, training, views, schedule, node)
                     _save_if_due(bench, training, views, node)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, recipe, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert f"resume with: python -m fastgen.train {' '.join(words)}" in out
+    assert f"resume with: python -m fastgen.train {shlex.join(words)}" in out
     assert err.strip() == f"fastgen: stopped by {number.name}"
     assert list((tmp_path / "cut").glob("nodes/*/checkpoint.pt"))
     main(words)
