@@ -146,6 +146,11 @@ def machine_facts(device: torch.device) -> dict[str, str | int | float | None]:
     }
 
 
+def facts_line(device: torch.device) -> str:
+    """The machine's facts for the reader, those that are known."""
+    return ", ".join(f"{name} {value}" for name, value in machine_facts(device).items() if value is not None)
+
+
 GPU_STATE = {"clocks.sm": "sm_clock_mhz", "clocks.mem": "memory_clock_mhz", "power.draw": "power_w"}
 
 

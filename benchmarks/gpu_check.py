@@ -9,6 +9,7 @@ printed. Each check is one line, PASS or FAIL; a failed one makes the exit code 
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tempfile
@@ -23,15 +24,29 @@ import numpy as np
 import torch
 
 from benchmarks import step
-from benchmarks.checks import Outcome, check_initial_weights, check_losses, check_teacher, check_views
+from benchmarks.checks import (
+    BATCHES,
+    CLASSES,
+    PRECISIONS,
+    SMALL_BATCHES,
+    SMALL_CLASSES,
+    Outcome,
+    check_initial_weights,
+    check_losses,
+    check_teacher,
+    check_views,
+)
 from benchmarks.checks_training import check_engines, check_resume, memorisable_split
-from benchmarks.common import RESULTS, Arguments, append_rows, at_least_one, choose, machine_facts, positive_minutes
-from benchmarks.step import Case, Engine, Precision
+from benchmarks.common import RESULTS, Arguments, append_rows, at_least_one, choose, facts_line, positive_minutes
+from benchmarks.step import ENGINES, Case, Engine, Precision
 from fastgen.data.facts import DATASETS, Facts
 from fastgen.errors import FastgenError, Stopped, command
 
 # Not square and of an odd width, so that a mix-up of the axes shows.
 SMALL_FACTS = Facts(10, 3, 12, 9, 0, 0, 2, True, (0.5, 0.4, 0.3), (0.25, 0.3, 0.2))
+
+
+Way = tuple[Engine, Precision]
 
 
 @dataclass(frozen=True)
@@ -43,27 +58,57 @@ class Size:
         model: name of the network.
         batch_size: images in a step.
         images: in the set.
-        resume: engine and precision of the runs that are stopped and resumed.
+        class_counts, batches: of the logits that the losses are given.
+        learn: engines and precisions that shall learn.
+        resume: engines and precisions of the runs that are stopped and resumed.
         speed: precisions that are timed, in order of worth.
-        rounds: that are timed.
+        rounds, steps_per_round: of the timing.
     """
 
     facts: Facts
     model: str
     batch_size: int
     images: int
-    resume: tuple[tuple[Engine, Precision], ...]
+    class_counts: tuple[int, ...]
+    batches: tuple[int, ...]
+    learn: tuple[Way, ...]
+    resume: tuple[Way, ...]
     speed: tuple[Precision, ...]
     rounds: int
+    steps_per_round: int
 
 
 FULL = Size(
-    DATASETS["cifar100"], "resnet20", 128, 1000,
-    (("eager", "fp32"), ("eager", "bf16"), ("eager", "fp16"), ("compile", "bf16")), ("bf16", "fp16", "fp32"), 20,
-)  # fmt: skip
-SMALL = Size(SMALL_FACTS, "resnet8", 16, 72, (("eager", "fp32"),), ("fp32",), 2)
+    # The shapes that are timed as well: what is compiled for one is found again for the other.
+    facts=DATASETS["cifar100"],
+    model="resnet20",
+    batch_size=128,
+    images=1000,
+    class_counts=CLASSES,
+    batches=BATCHES,
+    learn=tuple(itertools.product(ENGINES, PRECISIONS)),
+    resume=(("eager", "fp32"), ("eager", "bf16"), ("eager", "fp16"), ("compile", "bf16")),
+    speed=("bf16", "fp16", "fp32"),
+    rounds=20,
+    steps_per_round=20,
+)
+# Compilation takes most of the time on a CPU: it is done for one precision there.
+SMALL = Size(
+    facts=SMALL_FACTS,
+    model="resnet8",
+    batch_size=16,
+    images=72,
+    class_counts=SMALL_CLASSES,
+    batches=SMALL_BATCHES,
+    learn=(*itertools.product(ENGINES[:1], PRECISIONS), ("compile", "fp32")),
+    resume=(("eager", "fp32"),),
+    speed=("fp32",),
+    rounds=2,
+    steps_per_round=4,
+)
 
 Check = Callable[[], Iterator[Outcome]]
+PARTS = ("losses", "views", "init", "teacher", "resume", "engines", "speed")
 
 
 class ChecksFailed(FastgenError):
@@ -83,7 +128,7 @@ def main(words: Sequence[str]) -> None:
     deadline = time.monotonic() + 60 * arguments.minutes
     seed = arguments.seed if arguments.seed is not None else int(np.random.default_rng().integers(2**31))
     size = FULL if device.type == "cuda" else SMALL
-    print(", ".join(f"{name} {value}" for name, value in machine_facts(device).items() if value is not None))
+    print(facts_line(device))
     print(f"seed {seed}")
     with tempfile.TemporaryDirectory() as folder:
         groups = _groups(size, device, seed, Path(folder), arguments.results, deadline)
@@ -98,12 +143,12 @@ def _groups(
     split = memorisable_split(size.facts, size.images, seed)
     case = Case(size.model, size.batch_size, "fp32", size.facts, split, device)
     return {
-        "losses": lambda: check_losses(device, seed),
+        "losses": lambda: check_losses(device, seed, size.class_counts, size.batches),
         "views": lambda: check_views(case),
         "init": lambda: check_initial_weights(case),
         "teacher": lambda: check_teacher(case),
         "resume": lambda: check_resume(folder, seed, device, size.model, size.resume),
-        "engines": lambda: check_engines(case),
+        "engines": lambda: check_engines(case, size.learn),
         "speed": lambda: _measure_speed(size, device, results, deadline),
     }
 
@@ -145,18 +190,17 @@ def _measure_speed(size: Size, device: torch.device, results: Path, deadline: fl
             print(f"NOT MEASURED  speed, {precision}: the time is up")
             continue
         case = Case(size.model, size.batch_size, precision, size.facts, split, device)
-        timings = step.measure(case, rounds=size.rounds, steps_per_round=10, until=deadline)
+        timings = step.measure(case, rounds=size.rounds, steps_per_round=size.steps_per_round, until=deadline)
         step.report(case, timings)
-        append_rows(results / "step.csv", step.result_rows(case, timings, 10, "random"))
+        append_rows(results / "step.csv", step.result_rows(case, timings, size.steps_per_round, "random"))
         yield Outcome(f"speed, {precision}: candidates whose loss was not finite", 0, 0)
 
 
 def _parse(words: Sequence[str]) -> Any:
-    names = ["losses", "views", "init", "teacher", "resume", "engines", "speed"]
     parser = Arguments("benchmarks.gpu_check", "Proves on a GPU what the tests prove on a CPU.")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: the same checks, small")
     parser.add_argument("--minutes", type=positive_minutes, default=8.0, help="no new part is begun after this time")
-    parser.add_argument("--only", action="append", choices=names, help="this part alone; may be given several times")
+    parser.add_argument("--only", action="append", choices=PARTS, help="this part alone; may be given several times")
     parser.add_argument("--seed", type=at_least_one, help="of the random inputs; default: a fresh one")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of step.csv")
     return parser.parse_args(words)

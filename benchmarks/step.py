@@ -33,6 +33,7 @@ from benchmarks.common import (
     append_rows,
     at_least_one,
     choose,
+    facts_line,
     machine_facts,
     time_interleaved,
 )
@@ -317,9 +318,9 @@ def main(words: Sequence[str]) -> None:
     else:
         split, images = random_split(facts, facts.train_images), "random"
     case = Case(arguments.model, arguments.batch_size, arguments.precision, facts, split, device)
+    print(facts_line(device))
     timings = measure(case, rounds=arguments.rounds, steps_per_round=arguments.steps_per_round)
     rows = result_rows(case, timings, arguments.steps_per_round, images)
-    print(", ".join(f"{name} {value}" for name, value in machine_facts(device).items() if value is not None))
     report(case, timings)
     append_rows(arguments.results / "step.csv", rows)
 
