@@ -20,6 +20,9 @@ def choose_device(run: RunSettings) -> torch.device:
         raise UserError("run.device = cuda: torch sees no GPU here: set run.device=cpu or auto")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device
     if kind == "cuda":
+        # fp32 means fp32: torch would round the inputs of convolutions to ten bits.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
         # Shapes are fixed in a run, so the fastest algorithm of each layer is worth finding once.
         torch.backends.cudnn.benchmark = not run.deterministic
     if run.deterministic:

@@ -51,6 +51,8 @@ def make_forward(
     if train.engine == "compile":
         # Where CUDA's compiler is installed and no GPU is, torch warns of it on every start.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        # Past its limit of compilations torch would go on in eager mode and only log it.
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         # Two batch sizes at most, the full and the last one: static shapes make faster code.
         return torch.compile(forward, dynamic=False)
     return forward
