@@ -67,10 +67,15 @@ class Normaliser:
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype) -> None:
         std_C = torch.tensor(std, dtype=torch.float64)
         mean_C = torch.tensor(mean, dtype=torch.float64)
-        self._scale = (1 / (255 * std_C)).float().view(1, -1, 1, 1).to(device)
-        self._shift = (-mean_C / std_C).float().view(1, -1, 1, 1).to(device)
+        self._scale_C = (1 / (255 * std_C)).float().to(device)
+        self._shift_C = (-mean_C / std_C).float().to(device)
         self._dtype = dtype
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) -> the same shape and memory format in the wanted dtype."""
-        return torch.addcmul(self._shift, images_NCHW.float(), self._scale).to(self._dtype)
+        """uint8 (B, C, H, W) -> the same shape in channels-last memory, in the wanted dtype."""
+        images_NHWC = images_NCHW.permute(0, 2, 3, 1)
+        width_px = images_NHWC.shape[2]
+        # Along a whole row of pixels: an inner loop over three channels is five times slower on a CPU.
+        rows = images_NHWC.flatten(2).float()
+        normalised = torch.addcmul(self._shift_C.repeat(width_px), rows, self._scale_C.repeat(width_px))
+        return normalised.to(self._dtype).view(images_NHWC.shape).permute(0, 3, 1, 2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgen.laws import eta_for_confidence, ideal_confidence
 from fastgen.plan import Objective
 
-__all__ = ["Loss", "distill", "eta_for_confidence", "ideal_confidence", "make_loss", "score_difference", "tolerant"]
+__all__ = ["Loss", "distill", "eta_for_confidence", "ideal_confidence", "make_loss", "rank", "tolerant"]
 
 # (logits, labels, teacher's logits or None) -> mean loss
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -37,27 +37,28 @@ def tolerant(logits_BC: Tensor, labels_B: Tensor, eta: float, k: int) -> Tensor:
         Mean over the batch, fp32 (fp64 for fp64 logits).
     """
     logits_BC = _at_least_fp32(logits_BC)
-    cross_entropy = F.cross_entropy(logits_BC, labels_B)
+    log_p_BC = logits_BC.log_softmax(dim=1)
+    cross_entropy = F.nll_loss(log_p_BC, labels_B)
     if eta == 0:
         return cross_entropy
-    return (1 - eta) * cross_entropy + eta * score_difference(logits_BC, k).mean()
+    p_ranked_BK = log_p_BC.gather(1, rank(logits_BC, k)).exp()
+    score_difference = p_ranked_BK[:, 0].mean() - p_ranked_BK[:, 1:].mean()
+    return (1 - eta) * cross_entropy + eta * score_difference
 
 
-def score_difference(logits_BC: Tensor, k: int) -> Tensor:
-    """S = p_a1 - mean(p_a2 .. p_aK) of each row; among equal logits the lowest class ranks first.
+def rank(logits_BC: Tensor, k: int) -> Tensor:
+    """The K classes of each row with the largest logits, in falling order; among equals the lowest class is first.
 
     Args:
         logits_BC: fp32 or fp64.
-        k: K, 2..C.
+        k: K, 1..C.
 
     Returns:
-        (B,), in the logits' dtype.
+        int64 (B, K).
     """
     # Ranked on logits: where probabilities underflow to equal zeros, logits still differ.
     # torch.topk promises no order among equals, a stable sort does.
-    ranked_BC = logits_BC.detach().sort(dim=1, descending=True, stable=True).indices
-    topk_BK = logits_BC.softmax(dim=1).gather(1, ranked_BC[:, :k])
-    return topk_BK[:, 0] - topk_BK[:, 1:].mean(dim=1)
+    return logits_BC.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
 def distill(
