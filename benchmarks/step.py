@@ -66,7 +66,7 @@ PATRIARCH = Objective(eta=eta_for_confidence(0.6, 5), k=5)
 STUDENT = Objective(teacher_weight=0.6)
 LR = 0.1
 
-# What issue 2 asks for on a CPU (bf16, channels-last, ResNet-20, batch 128).
+# The goals on a CPU (bf16, channels-last, ResNet-20, batch 128).
 FLOORS_OVER_BARE = {"eager patriarch": 1.0, "compile patriarch": 1.2}
 FLOOR_STUDENT_OVER_PATRIARCH = 0.78
 

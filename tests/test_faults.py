@@ -8,10 +8,13 @@ import multiprocessing
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -185,13 +188,30 @@ def test_a_second_process_on_one_run_folder_is_refused(tmp_path, recipe):
     assert first.returncode == 0
 
 
-def test_a_full_disk_ends_with_one_line_and_loses_nothing(tmp_path, recipe):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a small tmpfs cannot be mounted here")
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory with the given mount options; needs the rights of root."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a file system in memory cannot be mounted here")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_place_that_may_not_be_written_to_is_one_line(tmp_path, recipe):
+    with mounted(tmp_path / "disk", "ro") as disk:
+        process = start(run_words(recipe, disk))
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Read-only file system" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_full_disk_ends_with_one_line_and_loses_nothing(tmp_path, recipe):
+    with mounted(tmp_path / "disk", "size=1200k") as disk:
         words = run_words(recipe, disk)
         process = start(words)
         out, err = process.communicate(timeout=120)
@@ -203,8 +223,6 @@ def test_a_full_disk_ends_with_one_line_and_loses_nothing(tmp_path, recipe):
         main(words)
         main(run_words(recipe, tmp_path / "whole"))
         assert fingerprint(disk) == fingerprint(tmp_path / "whole")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_diverged_loss_names_step_and_samples(tmp_path, recipe):
