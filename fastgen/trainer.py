@@ -141,8 +141,9 @@ def _load_teacher(bench: Workbench, weights: Path | None) -> Teacher | None:
 
 def _make_forward(bench: Workbench, training: Training, generation: Generation, teacher: Teacher | None) -> Forward:
     facts, train = bench.dataset.facts, bench.recipe.train
-    # The code of the generation before is of no more use, and counts towards torch's limit of compilations.
-    torch.compiler.reset()
+    if train.engine == "compile":
+        # The code of the generation before is of no more use, and counts towards torch's limit of compilations.
+        torch.compiler.reset()
     normalise = Normaliser(facts.mean, facts.std, bench.device, DTYPES[train.precision])
     return make_forward(training.model, make_loss(generation.objective), teacher, normalise, train, bench.device)
 
