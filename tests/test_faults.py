@@ -28,7 +28,7 @@ ONE_EPOCH = ("--train.epochs=1", "--run.save_minutes=0")
 RECIPE = """
 data: {dataset: digits, train_limit: 640}
 model: {name: resnet8}
-train: {epochs: 30, batch_size: 64, lr: 0.1}
+train: {epochs: 12, batch_size: 64, lr: 0.1}
 gen: {generations: 1, k: 3, confidence: 0.6, teacher_weight: 0.6}
 run: {save_minutes: 0.002, eval_every_epochs: 0, log_every_steps: 7, device: cpu}
 """
@@ -184,16 +184,17 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, recipe, number):
 
 
 def test_a_second_process_on_one_run_folder_is_refused(tmp_path, recipe):
-    words = run_words(recipe, tmp_path / "shared")
-    first = start([*words, "--run.save_minutes=60"])
+    words = [*run_words(recipe, tmp_path / "shared"), "--run.save_minutes=60", "--train.epochs=1000"]
+    first = start(words)
     wait_for(tmp_path / "shared" / "run" / "generation_0")
     second = start(words)
     _, err = second.communicate(timeout=60)
     assert second.returncode == 2
     assert "in use by process" in err
     assert len(err.strip().splitlines()) == 1
-    first.communicate(timeout=120)
-    assert first.returncode == 0
+    first.terminate()
+    first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGTERM
 
 
 @contextmanager
@@ -220,7 +221,8 @@ def test_a_place_that_may_not_be_written_to_is_one_line(tmp_path, recipe):
 
 def test_a_full_disk_ends_with_one_line_and_loses_nothing(tmp_path, recipe):
     with mounted(tmp_path / "disk", "size=1200k") as disk:
-        words = run_words(recipe, disk)
+        # A checkpoint after every step: there is room for one, and not for the next beside it.
+        words = [*run_words(recipe, disk), "--run.save_minutes=0"]
         process = start(words)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 1, out
