@@ -27,10 +27,10 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-# torch.compile on a CPU calls a C++ compiler.
-compiler:
-	command -v g++ >/dev/null || command -v clang++ >/dev/null || \
-		(apt-get update && apt-get install -y --no-install-recommends g++)
+# torch.compile on a CPU calls a C++ compiler, which needs Python's headers.
+compiler: env
+	@{ command -v g++ >/dev/null && test -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"; } || \
+		{ apt-get update && apt-get install -y --no-install-recommends g++ python3-dev; }
 
 # Resolves all versions anew, for every platform and Python that the project supports.
 lock: env

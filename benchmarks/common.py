@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from fastgen.config import RunSettings
+from fastgen.device import choose_device
 from fastgen.environment import commit, cpu_name, device_name
 from fastgen.errors import UserError
 
@@ -125,9 +127,7 @@ def choose(name: str) -> torch.device | None:
     """The device of that name, as training would set it up; None where a GPU is asked for and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         return None
-    # What fastgen.device sets for a run that is not deterministic.
-    torch.backends.cudnn.benchmark = name == "cuda"
-    return torch.device(name)
+    return choose_device(RunSettings(device="cuda" if name == "cuda" else "cpu"))
 
 
 def machine_facts(device: torch.device) -> dict[str, str | int | float | None]:

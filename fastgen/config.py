@@ -293,6 +293,11 @@ def _check_gen(gen: GenSettings, classes: int) -> None:
         gen.teacher is None or gen.only != 0,
         "gen.teacher with gen.only = 0: the patriarch has no teacher; give gen.only 1 or more",
     )
+    if gen.teacher is not None and gen.only:
+        weight = _of_generation(gen.teacher_weight, gen.only)
+        _require(
+            weight > 0, f"gen.teacher has no say where gen.teacher_weight of generation {gen.only} is 0: give a weight"
+        )
 
 
 def _check_per_student(name: str, value: Numbers, generations: int) -> None:

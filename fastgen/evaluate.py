@@ -198,6 +198,8 @@ def main(words: Sequence[str]) -> None:
     """The command."""
     from fastgen.tables import measurement_table, print_table
 
+    if "--help" in words or "-h" in words:
+        read_recipe(words, command="python -m fastgen.evaluate RUN_FOLDER, or WEIGHTS.safetensors and")
     if not words or words[0].startswith("-"):
         raise UserError(
             "usage: python -m fastgen.evaluate RUN_FOLDER [--section.key=value ...], or "

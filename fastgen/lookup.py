@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from fastgen.checkpoint import read_weights
-from fastgen.config import Recipe
+from fastgen.config import Recipe, hash_of
 from fastgen.data.split import Dataset
 from fastgen.errors import UserError
 from fastgen.evaluate import load_network
@@ -36,9 +36,22 @@ def find_teacher(recipe: Recipe, dataset: Dataset) -> Teacher | None:
             f"the recipe's data set is {recipe.data.dataset}"
         )
     load_network(recipe, dataset, weights, torch.device("cpu"))
+    if description.get("holdout", recipe.data.holdout) != recipe.data.holdout:
+        raise UserError(
+            f"gen.teacher = {recipe.gen.teacher}: was trained with data.holdout = {description['holdout']}, "
+            f"the recipe has {recipe.data.holdout}: make them equal, or images of the evaluation may be known to it"
+        )
+    return Teacher(_identity_of(weights), str(weights))
+
+
+def _identity_of(weights: Path) -> str:
+    """The node's id where the file is a node's own, whatever its folder is called now; else the file's hash."""
     node = Node(weights.resolve().parent)
-    identity = node.id if node.finished else f"file:{hashlib.sha256(weights.read_bytes()).hexdigest()}"
-    return Teacher(identity, str(weights))
+    if node.finished and weights.name == node.weights.name:
+        facts = node.facts()
+        if facts["node"] == hash_of(facts["identity"])[:16]:
+            return str(facts["node"])
+    return f"file:{hashlib.sha256(weights.read_bytes()).hexdigest()}"
 
 
 def _weights_of(recipe: Recipe, name: str) -> Path:

@@ -50,6 +50,9 @@ class Node:
         """Marks the node as finished; the checkpoint is of no more use."""
         write_json(self.folder / "node.json", {"node": self.id, "identity": identity, "training": training})
         self.checkpoint.unlink(missing_ok=True)
+        # Halves of files that kills in the middle of a save have left.
+        for torn in self.folder.glob(f".{self.checkpoint.name}.*.partial"):
+            torn.unlink()
 
     def facts(self) -> dict[str, Any]:
         """What `finish` wrote: `node`, `identity`, `training`."""

@@ -20,7 +20,13 @@ def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.SGD:
     groups = [{"params": decayed, "weight_decay": train.weight_decay}]
     if exempt:
         groups.append({"params": exempt, "weight_decay": 0.0})
-    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov, fused=True)
+    if train.momentum > 0:
+        # torch leaves the buffers uninitialised where the first fp16 step overflows and is skipped. From
+        # zeros the first step is the same: momentum * 0 + gradient.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -38,6 +38,14 @@ class Leg:
     generations_left: int
 
 
+class PatientConsole(Console):
+    """A console whose reader may go away (`| head`): the training goes on, unseen."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, whose own ends the process in the middle of a step."""
+        self.quiet = True
+
+
 class Display:
     """Shows one generation at a time.
 
@@ -79,7 +87,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Prints a line beside the progress."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def _rate(self) -> float:
         """Steps a second of this session, evaluations and savings included."""

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask for a stop at the next step; a second one ends the process at once."""
+"""SIGTERM, SIGINT and SIGHUP (a lost connection) ask for a stop at the next step; a second one stops at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 
 from fastgen.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from fastgen.config import Recipe
 from fastgen.data import build_loader, open_dataset
@@ -23,6 +22,7 @@ from fastgen.errors import Diverged, Stopped, UserError, command
 from fastgen.lookup import find_teacher
 from fastgen.nodes import Node, find_node, open_node
 from fastgen.plan import Generation, describe, make_plan
+from fastgen.progress import PatientConsole
 from fastgen.recipe import read_recipe
 from fastgen.record import Recorder, RunFolder, open_run
 from fastgen.results import Results
@@ -44,7 +44,7 @@ def main(words: Sequence[str]) -> None:
     device = choose_device(recipe.run)
     _require_teachers(recipe, plan)
     with StopRequest() as stop, open_run(recipe, plan, device) as folder:
-        console = Console()
+        console = PatientConsole()
         recorder = Recorder(folder.path, console, _untrained(recipe, plan), plan[-1].index)
         try:
             recorder.say(f"{folder.path}  {recipe.model.name} on {recipe.data.dataset}, {device_name(device)}")

@@ -97,14 +97,12 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
                         break  # what an epoch's end has to tell and to save follows below
                     if training.step % bench.recipe.run.log_every_steps == 0:
                         _log(bench, training, views, schedule, node)
-                    _save_if_due(bench, training, views, node)
-                    bench.stop.check()
+                    _pause(bench, training, views, node)
                 reading = _log(bench, training, views, schedule, node)
             training.meter.reset()
             _end_epoch(bench, training, epoch, reading)
             if epoch + 1 < train.epochs:
-                _save_if_due(bench, training, views, node)
-                bench.stop.check()
+                _pause(bench, training, views, node)
         _finish(bench, generation, training, node)
 
 
@@ -220,9 +218,17 @@ def _require_finite(reading: Reading, train: TrainSettings, dataset: Dataset, vi
     )
 
 
-def _save_if_due(bench: Workbench, training: Training, views: EpochViews, node: Node) -> None:
-    if not bench.stop.requested and time.monotonic() - training.saved_at < bench.recipe.run.save_minutes * 60:
-        return
+def _pause(bench: Workbench, training: Training, views: EpochViews, node: Node) -> None:
+    """Saves where it is time for it; where a stop is asked for, saves and raises Stopped."""
+    # Asked once: a signal that comes while this runs waits for the next step.
+    stopping = bench.stop.requested
+    if stopping or time.monotonic() - training.saved_at >= bench.recipe.run.save_minutes * 60:
+        _save(bench, training, views, node)
+    if stopping:
+        bench.stop.check()
+
+
+def _save(bench: Workbench, training: Training, views: EpochViews, node: Node) -> None:
     _require_finite(training.meter.read(), bench.recipe.train, bench.dataset, views, node)
     with training.stopwatch.phase("save"):
         state = {
@@ -268,6 +274,7 @@ def _finish(bench: Workbench, generation: Generation, training: Training, node: 
         "channels": facts.channels,
         "mean": facts.mean,
         "std": facts.std,
+        "holdout": recipe.data.holdout,
         "generation": generation.index,
         "node": node.id,
     }

@@ -216,3 +216,9 @@ def test_the_committed_list_is_readable():
         "c100_r20_gen-seed0", "c100_r20_ban-seed0", "c100_r20_baseline-seed0",
     ]  # fmt: skip
     assert all((common.ROOT / entry.recipe).exists() for entry in entries)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_gpu_check_passes_on_a_gpu(tmp_path):
+    assert command(gpu_check.main, [f"--results={tmp_path}"]) == 0

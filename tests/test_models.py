@@ -13,6 +13,7 @@ from fastgen.config import ModelSettings, TrainSettings
 from fastgen.losses import distill
 from fastgen.models import MODELS, build_model, initialise, parameter_count
 from fastgen.models.resnet_cifar import CifarResNet
+from fastgen.optim import make_optimizer
 from fastgen.step import make_forward
 from fastgen.teacher import fold_batchnorm, make_teacher
 
@@ -298,3 +299,21 @@ def test_teacher_and_student_see_the_same_tensor():
     assert torch.equal(seen[0], normalise(images))
     assert loss.requires_grad
     assert not logits.requires_grad
+
+
+def test_the_first_step_may_overflow_in_fp16():
+    """The scaler skips such a step; the momentum must then start from zero, not from what memory held."""
+    model = nn.Linear(3, 2)
+    optimizer = make_optimizer(model, TrainSettings(epochs=1, precision="fp16"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for value in (math.inf, 1.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        scaler.update()
+    # The second step, scale halved to 2: gradient 1/2 plus decay, and Nesterov's 1 + 0.9 times that.
+    for parameter, start in zip(model.parameters(), before, strict=True):
+        gradient = 0.5 + 1e-4 * start
+        torch.testing.assert_close(parameter.detach(), start - 0.1 * 1.9 * gradient)

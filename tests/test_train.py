@@ -210,6 +210,20 @@ def test_rerun_of_one_generation_is_a_new_node_with_the_same_teacher(finished):
     assert [event["generation"] for event in events(finished / "rerun", "generation_begin")] == [2]
 
 
+def test_a_copied_run_is_still_told_by_its_content(finished, tmp_path):
+    """A copy whose links became folders must not lend its folder's name to the teacher."""
+    copied = tmp_path / "generation_1"
+    copied.mkdir()
+    for name in ("model.safetensors", "node.json"):
+        (copied / name).write_bytes((finished / "run" / "generation_1" / name).read_bytes())
+    words = words_of(finished, "copied", "--gen.only=2", f"--gen.teacher={copied}", f"--run.nodes={finished / 'nodes'}")
+    main(words)
+    plan = json.loads((finished / "copied" / "plan.json").read_text())
+    assert plan[0]["teacher"] == json.loads((finished / "run" / "plan.json").read_text())[1]["node"]
+    with pytest.raises(UserError, match=r"data\.holdout"):
+        main([*words_of(finished, "leak", "--gen.only=2", f"--gen.teacher={copied}"), "--data.holdout=100"])
+
+
 def test_rerun_without_a_trained_teacher_is_refused(finished):
     with pytest.raises(UserError, match="needs its teacher, generation 1"):
         main(words_of(finished, "orphan", "--gen.only=2", "--train.lr=0.05"))

@@ -90,6 +90,8 @@ def _hold_out(train: Split, count: int, classes: int) -> tuple[Split, Split]:
         kept, held = holdout_split(train.ids, train.labels, count, classes)
     except ValueError as error:
         raise UserError(f"data.holdout = {count}: {error}: give a smaller number") from None
+    if not len(kept):
+        raise UserError(f"data.holdout = {count}: leaves no image to train on: give a smaller number")
     return train.at(kept), train.at(held)
 
 
