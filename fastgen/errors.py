@@ -91,6 +91,9 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> 
         told = as_one_line(error)
         _tell(told)
         return told.exit_code
+    except MemoryError as error:
+        _tell(MachineError(f"out of memory ({error}): lower train.batch_size, or free some"))
+        return MachineError.exit_code
     except KeyboardInterrupt:
         print("fastgen: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

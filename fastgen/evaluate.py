@@ -28,6 +28,7 @@ from fastgen.errors import UserError, command
 from fastgen.models import build_model
 from fastgen.recipe import read_recipe
 from fastgen.stop import StopRequest
+from fastgen.tables import measurement_table, print_table
 from fastgen.views import EpochViews, evaluation_views
 
 CALIBRATION_BINS = 15
@@ -196,8 +197,6 @@ def load_network(recipe: Recipe, dataset: Dataset, weights: Path, device: torch.
 
 def main(words: Sequence[str]) -> None:
     """The command."""
-    from fastgen.tables import measurement_table, print_table
-
     if "--help" in words or "-h" in words:
         read_recipe(words, command="python -m fastgen.evaluate RUN_FOLDER, or WEIGHTS.safetensors and")
     if not words or words[0].startswith("-"):
@@ -237,7 +236,7 @@ def _measure_all(
         measurement, probabilities = measure(model, loader, views, normalise, recipe.gen.k, device)
         rows.append((name, measurement))
         members.append(probabilities)
-    if len(members) > 1:
+    if len(members) > 1 and recipe.data.backend != "synthetic":
         labels = torch.from_numpy(dataset.evaluation.labels).to(device)
         rows.append((f"ensemble of {len(members)}", measure_ensemble(members, labels, recipe.gen.k)))
     return rows

@@ -30,7 +30,7 @@ PER_STUDENT = ("teacher_weight", "temperature")
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The words of the command line: the recipe file, overrides as raw text, other options.
+    """The words of the command line: the recipe file, and overrides as raw text.
 
     Attributes:
         cfg: path of the recipe file.

@@ -56,7 +56,8 @@ class Results:
 
     def _ensemble(self, last: int) -> dict[str, Any]:
         members = [self._members.get(index) for index in range(last + 1)]
-        if any(member is None for member in members):
+        # Synthetic batches carry random labels: an ensemble beside the data set's own would be no number at all.
+        if any(member is None for member in members) or self._bench.recipe.data.backend == "synthetic":
             return {"ensemble_top1_error": None, "ensemble_top5_error": None}
         measured = measure_ensemble([m for m in members if m is not None], self._labels, self._bench.recipe.gen.k)
         return {"ensemble_top1_error": measured.top1_error, "ensemble_top5_error": measured.top5_error}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastgen.data.split import Dataset
-from fastgen.evaluate import Measurement
+if TYPE_CHECKING:
+    from fastgen.data.split import Dataset
+    from fastgen.evaluate import Measurement
 
 PLAIN_WIDTH = 120
 

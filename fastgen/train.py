@@ -54,6 +54,8 @@ def main(words: Sequence[str]) -> None:
             recorder.end_generation()
             recorder.say(f"saved; resume with: python -m fastgen.train {shlex.join(words)}")
             raise
+        except torch.OutOfMemoryError as full:
+            raise MemoryError(str(full).splitlines()[0]) from None
         except Diverged as diverged:
             recorder.event("diverged", reason=str(diverged), step=diverged.step, ids=diverged.ids)
             raise

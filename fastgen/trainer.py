@@ -16,7 +16,8 @@ from fastgen.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from fastgen.config import Recipe, TrainSettings
 from fastgen.data.batch import Batch, Loader
 from fastgen.data.split import Dataset
-from fastgen.errors import Diverged, UserError
+from fastgen.environment import describe_environment
+from fastgen.errors import Diverged, MachineError, UserError
 from fastgen.evaluate import evaluation_normaliser, load_network, measure
 from fastgen.losses import make_loss
 from fastgen.meters import Meter, Reading, Stopwatch
@@ -79,15 +80,16 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
             return
         schedule = make_schedule(train, len(dataset.train))
         training = _start(bench, generation)
-        teacher = _load_teacher(bench, teacher_weights)
-        forward = _make_forward(bench, training, generation, teacher)
         with training.stopwatch.phase("warm_up"):
+            teacher = _load_teacher(bench, teacher_weights)
+            forward = _make_forward(bench, training, generation, teacher)
             _warm_up(bench, training, forward, schedule)
         _resume(training, node)
         _announce(bench, generation, node, schedule, training)
 
         for epoch in range(training.step // schedule.steps_per_epoch, train.epochs):
-            views = training_views(dataset.train.ids, dataset.crop, generation.data_seed, generation.index, epoch)
+            with training.stopwatch.phase("views"):
+                views = training_views(dataset.train.ids, dataset.crop, generation.data_seed, generation.index, epoch)
             first_batch = training.step % schedule.steps_per_epoch
             with training.stopwatch.phase("train"):
                 for batch in bench.train_loader.batches(views, train.batch_size, first_batch):
@@ -109,7 +111,7 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
 def take_step(training: Training, forward: Forward, batch: Batch, lr: float) -> None:
     """One step of SGD; nothing in it waits for the device."""
     set_lr(training.optimizer, lr)
-    # Here and not after the step: measured 3 to 9 % faster on a CPU (benchmarks/NOTES.md).
+    # Here and not after the step: measured faster on a CPU (benchmarks/NOTES.md).
     training.optimizer.zero_grad()
     loss, logits_BC = forward(batch.images_NCHW, batch.labels)
     training.scaler.scale(loss).backward()
@@ -218,6 +220,16 @@ def _require_finite(reading: Reading, train: TrainSettings, dataset: Dataset, vi
     )
 
 
+def _require_finite_weights(model: nn.Module, step: int) -> None:
+    """The last update may have broken the weights although every loss up to it was finite."""
+    broken = [name for name, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise MachineError(
+            f"the update of step {step - 1} made {broken[0]} infinite or not a number; nothing of it is saved. "
+            "Lower train.lr, or set train.precision=fp32."
+        )
+
+
 def _pause(bench: Workbench, training: Training, views: EpochViews, node: Node) -> None:
     """Saves where it is time for it; where a stop is asked for, saves and raises Stopped."""
     # Asked once: a signal that comes while this runs waits for the next step.
@@ -230,6 +242,7 @@ def _pause(bench: Workbench, training: Training, views: EpochViews, node: Node) 
 
 def _save(bench: Workbench, training: Training, views: EpochViews, node: Node) -> None:
     _require_finite(training.meter.read(), bench.recipe.train, bench.dataset, views, node)
+    _require_finite_weights(training.model, training.step)
     with training.stopwatch.phase("save"):
         state = {
             "node": node.id,
@@ -267,6 +280,7 @@ def _evaluate(bench: Workbench, model: nn.Module) -> dict[str, float]:
 
 def _finish(bench: Workbench, generation: Generation, training: Training, node: Node) -> None:
     recipe, facts = bench.recipe, bench.dataset.facts
+    _require_finite_weights(training.model, training.step)
     description = {
         "model": recipe.as_dict()["model"],
         "dataset": recipe.data.dataset,
@@ -284,7 +298,7 @@ def _finish(bench: Workbench, generation: Generation, training: Training, node: 
     record = {
         "images": recipe.train.epochs * len(bench.dataset.train),
         "seconds": seconds,
-        "device": bench.device.type,
+        "environment": describe_environment(bench.device),
         "path": {
             "views": recipe.data.backend,
             "step": recipe.train.engine,

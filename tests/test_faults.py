@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from fastgen import checkpoint
+from fastgen import checkpoint, trainer
+from fastgen.errors import MachineError
 from fastgen.train import main
 
 KILLS = 20
@@ -244,6 +245,21 @@ def test_a_diverged_loss_names_step_and_samples(tmp_path, recipe):
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "diverged"
     assert len(events[-1]["ids"]) == 64
+
+
+def test_weights_broken_by_the_last_update_are_not_finished(tmp_path, recipe, monkeypatch):
+    original = trainer.take_step
+
+    def breaks_at_the_end(training, *arguments):
+        original(training, *arguments)
+        if training.step == 10:
+            next(training.model.parameters()).data.fill_(float("inf"))
+
+    monkeypatch.setattr(trainer, "take_step", breaks_at_the_end)
+    with pytest.raises(MachineError, match="infinite or not a number"):
+        main([*run_words(recipe, tmp_path), "--train.epochs=1", "--run.save_minutes=60"])
+    assert not list(tmp_path.glob("nodes/*/node.json"))
+    assert not list(tmp_path.glob("nodes/*/model.safetensors"))
 
 
 def test_a_torn_event_line_does_not_spoil_the_next(tmp_path, recipe):

@@ -338,6 +338,8 @@ def test_synthetic_backend_runs_and_is_another_node(finished):
     main(words_of(finished, "synthetic", "--data.backend=synthetic", "--gen.generations=0", "--train.epochs=1"))
     plan = json.loads((finished / "synthetic" / "plan.json").read_text())
     assert plan[0]["identity"]["data"]["pixels"] == "random"
+    rows = json.loads((finished / "synthetic" / "results.json").read_text())["generations"]
+    assert rows[0]["ensemble_top1_error"] is None
 
 
 def test_golden_loss_curve(tmp_path):
