@@ -93,8 +93,8 @@ def _losses(
 
 
 def _watched(forward: Forward, kept: list[Tensor]) -> Forward:
-    def watched(images_NCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        loss, logits_BC = forward(images_NCHW, labels_B)
+    def watched(images_NCHW: Tensor, labels_B: Tensor, jitter_B4: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        loss, logits_BC = forward(images_NCHW, labels_B, jitter_B4)
         kept.append(loss.detach().clone())
         return loss, logits_BC
 

@@ -55,7 +55,7 @@ from fastgen.step import DTYPES, Forward, make_forward, make_scaler
 from fastgen.tables import print_table
 from fastgen.teacher import Teacher, make_teacher
 from fastgen.trainer import Training, take_step
-from fastgen.views import CropPolicy, training_views
+from fastgen.views import ShiftCrop, training_views
 
 Engine = Literal["eager", "compile"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -98,9 +98,9 @@ class Case:
         )
 
     @property
-    def crop(self) -> CropPolicy:
+    def crop(self) -> ShiftCrop:
         """The data set's standard augmentation."""
-        return CropPolicy(self.facts.height_px, self.facts.width_px, self.facts.pad_px, self.facts.flip)
+        return ShiftCrop(self.facts.height_px, self.facts.width_px, self.facts.pad_px, self.facts.flip)
 
     def normaliser(self, dtype: torch.dtype) -> Normaliser:
         """Pixels -> what the network sees."""

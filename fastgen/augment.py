@@ -1,10 +1,11 @@
-"""Operations on image batches on the device: crop, flip, normalise. Pure functions.
+"""Operations on image batches on the device: crop, flip, turn, shift colours, normalise. Pure functions.
 
 Shapes: N samples, B of them in a batch, C channels, H x W pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,6 +56,38 @@ def crop_and_flip(windows: Windows, positions: Tensor, rows: Tensor) -> Tensor:
     return images_NCHW.contiguous(memory_format=torch.channels_last)
 
 
+def jitter_views(images_NCHW: Tensor, jitter_B4: Tensor, *, rotate: bool) -> Tensor:
+    """Turns each image around its centre and shifts its colour channels, as the rows say.
+
+    Sampled bilinearly; what comes from outside the image is black. Values are cut to 0..255 and not rounded.
+
+    Args:
+        images_NCHW: uint8 (B, 3, H, W), or one channel, of which the first shift holds.
+        jitter_B4: float32 (B, 4), `views.JITTER_COLUMNS`: degrees, anticlockwise, and the shift of each channel.
+        rotate: False where all angles are zero: nothing is resampled then.
+
+    Returns:
+        float32 (B, C, H, W) in channels-last memory.
+    """
+    images = images_NCHW.float()
+    if rotate:
+        images = F.grid_sample(images, _rotation_grid(images, jitter_B4[:, 0]), mode="bilinear", align_corners=False)
+    shifts_BC = jitter_B4[:, 1 : 1 + images.shape[1]]
+    shifted = (images + shifts_BC[:, :, None, None]).clamp(0, 255)
+    return shifted.contiguous(memory_format=torch.channels_last)
+
+
+def _rotation_grid(images_NCHW: Tensor, degrees_B: Tensor) -> Tensor:
+    """Where each pixel of the turned image comes from, float32 (B, H, W, 2) in grid_sample's units of half sides."""
+    height, width = images_NCHW.shape[2:]
+    angle_B = degrees_B * (math.pi / 180)
+    cos_B, sin_B, zero_B = angle_B.cos(), angle_B.sin(), torch.zeros_like(angle_B)
+    # Rows are measured downwards: turning the content anticlockwise takes pixels from clockwise places.
+    to_x = torch.stack([cos_B, -sin_B * (height / width), zero_B], dim=1)
+    to_y = torch.stack([sin_B * (width / height), cos_B, zero_B], dim=1)
+    return F.affine_grid(torch.stack([to_x, to_y], dim=1), list(images_NCHW.shape), align_corners=False)
+
+
 class Normaliser:
     """Pixels 0..255 -> (pixel / 255 - mean) / std of each channel, as one multiply-add.
 
@@ -72,7 +105,7 @@ class Normaliser:
         self._dtype = dtype
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) -> the same shape in channels-last memory, in the wanted dtype."""
+        """uint8 or float32 (B, C, H, W) -> the same shape in channels-last memory, in the wanted dtype."""
         images_NHWC = images_NCHW.permute(0, 2, 3, 1)
         width_px = images_NHWC.shape[2]
         # Along a whole row of pixels: an inner loop over three channels is five times slower on a CPU.

@@ -19,6 +19,8 @@ from fastgen.errors import UserError
 from fastgen.laws import eta_for_confidence
 
 Numbers = float | tuple[float, ...]
+# torchvision's networks: three channels in, and a stem that halves the plane twice.
+PHOTO_MODELS = ("resnet18", "resnet34", "resnet50")
 MAX_SEED = 2**63 - 1
 
 
@@ -61,15 +63,49 @@ class RunSettings:
 class DataSettings:
     """data: what is learned from"""
 
-    dataset: Literal["cifar100", "cifar10", "digits"] = setting(..., "data set")
+    dataset: Literal["cifar100", "cifar10", "digits", "imagenet"] = setting(
+        ..., "data set; imagenet: ILSVRC2012, or any other folder of photographs"
+    )
     root: str = setting("data", "folder that holds the data set's files", decides=False)
     download: bool = setting(False, "fetch the files into data.root when they are not there", decides=False)
-    backend: Literal["resident", "synthetic"] = setting(
-        "resident", "resident: the whole set in the device's memory; synthetic: random images, for speed only"
+    backend: Literal["resident", "ffcv", "dali", "folder", "synthetic"] = setting(
+        "resident",
+        "resident: the whole set in the device's memory; ffcv: .beton files; dali, folder: image files by their "
+        "manifest, decoded by NVIDIA DALI or by Pillow; synthetic: random images, for speed only",
     )
+    workers: int | None = setting(
+        None, "threads (ffcv, dali) or processes (folder) that decode; default one for each core", decides=False
+    )
+    batches_ahead: int = setting(3, "batches that are decoded before they are asked for", decides=False)
+    os_cache: bool = setting(
+        True,
+        "ffcv: map the file and let the system keep it in memory; false reads each image and lets the system forget "
+        "it, for files far larger than the memory",
+        decides=False,
+    )
+    beton_decoder: Literal["native", "ffcv"] = setting(
+        "native",
+        "ffcv: native decodes what a crop needs and resamples as Pillow does; ffcv decodes as FFCV's own loader does",
+    )
+    dali_decoder: Literal["cpu", "gpu"] = setting("cpu", "dali: decode on the CPU, or in the GPU's decoder engines")
     seed: int | None = setting(None, "seed of order and views; default run.seed")
     augment: Literal["standard", "none"] = setting(
         "standard", "standard: the data set's usual crop and flip; none: the plain image"
+    )
+    resolution_px: int = setting(224, "photographs: side of the views")
+    start_resolution_px: int | None = setting(
+        None, "photographs: side of the training views before resolution_ramp; default resolution_px throughout"
+    )
+    resolution_ramp: tuple[float, ...] = setting(
+        (0.75, 0.875), "fractions of the run between which the side grows, in multiples of 32"
+    )
+    eval_resolution_px: int | None = setting(None, "photographs: side of the evaluation's views; default resolution_px")
+    eval_crop_share: float = setting(0.875, "photographs: side of the evaluation's centre square, over the short side")
+    crop_area: tuple[float, ...] = setting((0.08, 1.0), "photographs: smallest and largest share that a crop takes")
+    crop_aspect: tuple[float, ...] = setting((0.75, 4 / 3), "photographs: smallest and largest width over height")
+    rotation_degrees: float = setting(0.0, "training views are turned by up to this angle to either side")
+    pixel_shift: float = setting(
+        0.0, "each colour channel of a training view is shifted by up to this value, of 255, to either side"
     )
     train_limit: int | None = setting(None, "train on this many images, the same number of each class")
     val_limit: int | None = setting(None, "evaluate on this many images, the same number of each class", decides=False)
@@ -82,9 +118,10 @@ class DataSettings:
 class ModelSettings:
     """model: the network, the same in every generation"""
 
-    name: Literal["resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet74", "resnet92", "resnet110"] = (
-        setting(..., "network")
-    )
+    name: Literal[
+        "resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet74", "resnet92", "resnet110",
+        "resnet18", "resnet34", "resnet50",
+    ] = setting(..., "network; resnet18, 34 and 50 are torchvision's, for photographs")  # fmt: skip
     downsample: Literal["strided", "pooled"] = setting(
         "strided", "strided: He et al.; pooled: average pooling between the stages, as arXiv 1805.05551 words it"
     )
@@ -96,7 +133,15 @@ class TrainSettings:
 
     epochs: int = setting(..., "passes over the training set")
     batch_size: int = setting(128, "images in a step, over all devices together")
+    accumulate_steps: int = setting(
+        1, "parts of a batch that pass through the network one after the other, to need less memory"
+    )
     lr: float = setting(0.1, "initial learning rate")
+    lr_schedule: Literal["steps", "cosine", "triangular"] = setting(
+        "steps",
+        "after the warm-up: steps at the milestones; cosine to 0; triangular: a straight line to 0",
+    )
+    warmup_epochs: float = setting(0.0, "epochs over which the learning rate grows from near 0 to lr")
     lr_milestones: tuple[float, ...] = setting((0.5, 0.75), "fractions of the run after which the learning rate falls")
     lr_factor: float = setting(0.1, "what the learning rate is multiplied with at a milestone")
     momentum: float = setting(0.9, "momentum of SGD")
@@ -146,7 +191,9 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_run(self.run)
         _check_data(self.data)
+        _check_photographs(self.data)
         _check_train(self.train)
+        _check_together(self)
         _check_gen(self.gen, classes=DATASETS[self.data.dataset].classes)
 
     @property
@@ -234,15 +281,58 @@ def _check_data(data: DataSettings) -> None:
     _require(
         data.seed is None or 0 <= data.seed <= MAX_SEED, f"data.seed = {data.seed}: give a number from 0 to 2^63 - 1"
     )
+    # Photographs tell their classes when they are opened; `data.split` then says the same.
+    least = classes or 1
     for name in ("train_limit", "val_limit"):
         limit = getattr(data, name)
         _require(
-            limit is None or limit >= classes,
-            f"data.{name} = {limit}: give at least {classes}, one image for each class",
+            limit is None or limit >= least,
+            f"data.{name} = {limit}: give at least {least}, one image for each class",
         )
     _require(
-        data.holdout == 0 or data.holdout >= classes,
-        f"data.holdout = {data.holdout}: give 0, or at least {classes}, one image for each class",
+        data.holdout == 0 or data.holdout >= least,
+        f"data.holdout = {data.holdout}: give 0, or at least {least}, one image for each class",
+    )
+
+
+def _check_photographs(data: DataSettings) -> None:
+    _require(data.workers is None or data.workers >= 1, f"data.workers = {data.workers}: give 1 or more")
+    _require(data.batches_ahead >= 1, f"data.batches_ahead = {data.batches_ahead}: give 1 or more")
+    for name in ("resolution_px", "start_resolution_px", "eval_resolution_px"):
+        side = getattr(data, name)
+        _require(side is None or 8 <= side <= 4096, f"data.{name} = {side}: give 8 to 4096 pixels")
+    for name, (low, high) in (("resolution_ramp", (0, 1)), ("crop_area", (0, 1)), ("crop_aspect", (0, 20))):
+        values = getattr(data, name)
+        _require(
+            len(values) == 2 and low <= values[0] <= values[1] <= high,
+            f"data.{name} = {list(values)}: give two rising numbers from {low} to {high}",
+        )
+    _require(data.crop_area[0] > 0, "data.crop_area begins at 0: give a share above 0")
+    _require(data.crop_aspect[0] >= 0.05, "data.crop_aspect begins too low: give 0.05 or more")
+    _require(0 < data.eval_crop_share <= 1, f"data.eval_crop_share = {data.eval_crop_share}: give a share in (0, 1]")
+    _require(
+        0 <= data.rotation_degrees <= 180, f"data.rotation_degrees = {data.rotation_degrees}: give 0 to 180 degrees"
+    )
+    _require(0 <= data.pixel_shift <= 255, f"data.pixel_shift = {data.pixel_shift}: give 0 to 255")
+
+
+def _check_together(recipe: Recipe) -> None:
+    photographs = recipe.data.dataset == "imagenet"
+    _require(
+        not (photographs and recipe.data.backend == "resident"),
+        "data.backend = resident is for images of one size: set data.backend=ffcv, dali or folder",
+    )
+    _require(
+        not (recipe.data.dataset == "digits" and recipe.data.backend == "ffcv"),
+        "data.backend = ffcv: there is no .beton of digits: set data.backend=resident, dali or folder",
+    )
+    _require(
+        recipe.data.dataset != "digits" or recipe.model.name not in PHOTO_MODELS,
+        f"model.name = {recipe.model.name}: takes colour images, digits are grey: choose resnet8 or resnet20",
+    )
+    _require(
+        recipe.model.name not in PHOTO_MODELS or recipe.model.downsample == "strided",
+        f"model.downsample = pooled: is written for the CIFAR networks, not for {recipe.model.name}: set strided",
     )
 
 
@@ -255,6 +345,18 @@ def _check_train(train: TrainSettings) -> None:
         f"train.lr_milestones = {list(train.lr_milestones)}: give rising fractions of the run, between 0 and 1",
     )
     _require(train.lr_factor > 0, f"train.lr_factor = {train.lr_factor}: give a factor above 0")
+    _require(
+        1 <= train.accumulate_steps <= train.batch_size,
+        f"train.accumulate_steps = {train.accumulate_steps}: give 1 to {train.batch_size}, the images of a batch",
+    )
+    _require(
+        0 <= train.warmup_epochs < train.epochs,
+        f"train.warmup_epochs = {train.warmup_epochs}: give 0 or more, and less than train.epochs = {train.epochs}",
+    )
+    _require(
+        train.lr_schedule != "triangular" or train.warmup_epochs > 0,
+        "train.lr_schedule = triangular needs train.warmup_epochs above 0: its peak is there",
+    )
     _require(0 <= train.momentum < 1, f"train.momentum = {train.momentum}: give 0 or more, and less than 1")
     _require(
         not train.nesterov or train.momentum > 0,
@@ -265,7 +367,8 @@ def _check_train(train: TrainSettings) -> None:
 
 def _check_gen(gen: GenSettings, classes: int) -> None:
     _require(gen.generations >= 0, f"gen.generations = {gen.generations}: give 0 (the patriarch alone) or more")
-    _require(2 <= gen.k <= classes, f"gen.k = {gen.k}: give 2 to {classes}, the number of classes of the data set")
+    most = classes or max(gen.k, 2)
+    _require(2 <= gen.k <= most, f"gen.k = {gen.k}: give 2 to {most}, the number of classes of the data set")
     _require(
         1 / gen.k <= gen.confidence <= 1,
         f"gen.confidence = {gen.confidence}: give a value in [1/k, 1] = [{1 / gen.k:.4g}, 1]",

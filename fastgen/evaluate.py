@@ -29,7 +29,7 @@ from fastgen.models import build_model
 from fastgen.recipe import read_recipe
 from fastgen.stop import StopRequest
 from fastgen.tables import measurement_table, print_table
-from fastgen.views import EpochViews, evaluation_views
+from fastgen.views import EpochViews
 
 CALIBRATION_BINS = 15
 EVALUATION_BATCH = 500
@@ -131,20 +131,23 @@ def measure(
     k: int,
     device: torch.device,
     stop: StopRequest | None = None,
+    *,
+    keep: bool = True,
 ) -> tuple[Measurement, Tensor]:
     """Runs a network in eval mode over evaluation views; its mode is put back afterwards.
 
     Args:
         model: fp32, on the device.
         loader: of the samples that the views are of.
-        views: from `views.evaluation_views`.
+        views: from `Dataset.evaluation_views`.
         normalise: from `evaluation_normaliser`.
         k: K of the top-K share.
         device: where model and loader are.
         stop: asked before each batch.
+        keep: False: no probabilities are kept, which for a training set of ILSVRC2012 would be 5 GB.
 
     Returns:
-        the measurement, and the probabilities (N, C), fp32, on the device, in the views' order.
+        the measurement, and the probabilities (N, C), fp32, on the device, in the views' order ((0, C) if not kept).
 
     Raises:
         Stopped: a signal came.
@@ -159,7 +162,7 @@ def measure(
         logits_BC = model(normalise(batch.images_NCHW)).float()
         log_p_BC = logits_BC.log_softmax(1)
         tally.add(logits_BC, log_p_BC, batch.labels)
-        probabilities.append(log_p_BC.exp())
+        probabilities.append(log_p_BC.exp() if keep else log_p_BC[:0])
     model.train(was_training)
     return tally.read(), torch.cat(probabilities)
 
@@ -228,7 +231,7 @@ def _measure_all(
     recipe: Recipe, dataset: Dataset, networks: Sequence[tuple[str, Path]], device: torch.device
 ) -> list[tuple[str, Measurement]]:
     loader = build_loader(recipe, dataset, dataset.evaluation, device)
-    views = evaluation_views(dataset.evaluation.ids, dataset.crop)
+    views = dataset.evaluation_views(dataset.evaluation)
     normalise = evaluation_normaliser(dataset, device)
     rows, members = [], []
     for name, weights in networks:

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fastgen.config import Recipe, hash_of
+from fastgen.data.facts import DATASETS
 from fastgen.laws import confidence_for_eta, ideal_confidence
 
 Role = Literal["patriarch", "student", "independent"]
 
 # Raised whenever the same settings start to give other weights; old nodes are then not reused.
-NODE_FORMAT = 1
+NODE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ class Generation:
         return hash_of(self.identity)[:16]
 
 
-def make_plan(recipe: Recipe, data_hash: str, teacher: Teacher | None = None) -> tuple[Generation, ...]:
+def make_plan(
+    recipe: Recipe, data_hash: str, teacher: Teacher | None = None, pixels: str = "stored"
+) -> tuple[Generation, ...]:
     """All generations that a recipe asks for, each with its node id.
 
     With `gen.only` = g these are 0..g, where all but g must be trained already; with a named
@@ -94,6 +97,7 @@ def make_plan(recipe: Recipe, data_hash: str, teacher: Teacher | None = None) ->
         recipe: with its seeds filled in.
         data_hash: hash of the training images and labels.
         teacher: what `gen.teacher` leads to.
+        pixels: names what turns views into pixels (`Dataset.pixels`); backends that give the same share their nodes.
     """
     only = recipe.gen.only
     last = recipe.gen.generations if only is None else only
@@ -101,7 +105,7 @@ def make_plan(recipe: Recipe, data_hash: str, teacher: Teacher | None = None) ->
     for index in range(last + 1):
         named = teacher if index == only else None
         before = plan[-1].node if plan else None
-        plan.append(_generation(recipe, data_hash, index, before, named))
+        plan.append(_generation(recipe, _data_identity(recipe, data_hash, pixels), index, before, named))
     return tuple(plan[-1:]) if teacher is not None else tuple(plan)
 
 
@@ -133,7 +137,30 @@ def init_seed_of(run_init_seed: int, generation: int) -> int:
     return int(hash_of(["initial weights", run_init_seed, generation])[:16], 16) >> 1
 
 
-def _generation(recipe: Recipe, data_hash: str, index: int, before: str | None, named: Teacher | None) -> Generation:
+def _data_identity(recipe: Recipe, data_hash: str, pixels: str) -> dict[str, Any]:
+    data = recipe.data
+    identity = {
+        "hash": data_hash,
+        "dataset": data.dataset,
+        "seed": _seed(data.seed),
+        "augment": data.augment,
+        "train_limit": data.train_limit,
+        "holdout": data.holdout,
+        "pixels": "random" if data.backend == "synthetic" else pixels,
+        "rotation_degrees": data.rotation_degrees,
+        "pixel_shift": data.pixel_shift,
+    }
+    if DATASETS[data.dataset].height_px:
+        return identity
+    sides = {"resolution_px": data.resolution_px, "start_resolution_px": data.start_resolution_px}
+    ramp = data.resolution_ramp if data.start_resolution_px else None
+    crops = {"crop_area": data.crop_area, "crop_aspect": data.crop_aspect}
+    return identity | sides | {"resolution_ramp": ramp} | crops
+
+
+def _generation(
+    recipe: Recipe, data: dict[str, Any], index: int, before: str | None, named: Teacher | None
+) -> Generation:
     objective = _objective(recipe, index)
     taught = objective.teacher_weight > 0
     teacher_id = (named.id if named else before) if taught else None
@@ -148,16 +175,7 @@ def _generation(recipe: Recipe, data_hash: str, index: int, before: str | None, 
         "init_seed": init_seed,
         "model": settings["model"],
         "train": settings["train"],
-        "data": {
-            "hash": data_hash,
-            "dataset": recipe.data.dataset,
-            "seed": data_seed,
-            "augment": recipe.data.augment,
-            "train_limit": recipe.data.train_limit,
-            "holdout": recipe.data.holdout,
-            # Backends that give the same pixels share their nodes; random images are others.
-            "pixels": "random" if recipe.data.backend == "synthetic" else "stored",
-        },
+        "data": data,
     }
     return Generation(
         index=index,

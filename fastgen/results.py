@@ -15,10 +15,9 @@ from fastgen.meters import Stopwatch
 from fastgen.nodes import Node
 from fastgen.plan import Generation
 from fastgen.trainer import Workbench
-from fastgen.views import evaluation_views
 
 # Raised whenever the same network starts to be measured otherwise.
-MEASUREMENT_FORMAT = 1
+MEASUREMENT_FORMAT = 2
 
 
 class Results:
@@ -87,14 +86,14 @@ def _measure_node(bench: Workbench, node: Node) -> tuple[dict[str, Any], Tensor]
     normalise = evaluation_normaliser(dataset, bench.device)
     stopwatch = Stopwatch(bench.device)
     with stopwatch.phase("evaluate"):
-        views = evaluation_views(dataset.evaluation.ids, dataset.crop)
+        views = dataset.evaluation_views(dataset.evaluation)
         k = recipe.gen.k
         evaluation, probabilities = measure(model, bench.evaluation_loader, views, normalise, k, bench.device, stop)
         name = _measurement_name(bench)
         known = node.cached(name)
         if known is None:
-            views = evaluation_views(dataset.train.ids, dataset.crop)
-            train, _ = measure(model, bench.train_loader, views, normalise, k, bench.device, stop)
+            views = dataset.evaluation_views(dataset.train)
+            train, _ = measure(model, bench.train_loader, views, normalise, k, bench.device, stop, keep=False)
     if known is None:
         known = {"evaluation": asdict(evaluation), "train": asdict(train), "seconds": stopwatch.seconds()["evaluate"]}
         node.keep(name, known)
@@ -110,6 +109,9 @@ def _measurement_name(bench: Workbench) -> str:
         [int(i) for i in dataset.train.ids[[0, -1]]],
         len(dataset.train),
         bench.recipe.gen.k,
+        dataset.pixels,
+        dataset.evaluation_px,
+        bench.recipe.data.eval_crop_share,
         bench.recipe.data.backend,
     ]
     return f"measured-{hash_of(depends_on)[:8]}"
@@ -138,7 +140,7 @@ def _row(bench: Workbench, generation: Generation, node: Node, measured: dict[st
         "train_seconds": seconds["train"],
         "wall_seconds": wall_seconds,
         "eval_seconds": eval_seconds,
-        "backend": bench.recipe.data.backend,
+        "backend": training["path"]["views"],
         "engine": bench.recipe.train.engine,
         "path": training["path"],
     }

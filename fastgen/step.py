@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastgen.augment import Normaliser
+from fastgen.augment import Normaliser, jitter_views
 from fastgen.config import TrainSettings
 from fastgen.losses import Loss
 from fastgen.teacher import Teacher
+from fastgen.views import NO_JITTER, JitterPolicy
 
-# (uint8 images, labels) -> (mean loss, detached logits)
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+class Forward(Protocol):
+    """The part of a step that autograd sees."""
+
+    def __call__(self, images_NCHW: Tensor, labels_B: Tensor, jitter_B4: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """uint8 images, labels, rows of jitter -> (mean loss, detached logits)."""
+        ...
+
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,6 +33,7 @@ def make_forward(
     normalise: Normaliser,
     train: TrainSettings,
     device: torch.device,
+    jitter: JitterPolicy = NO_JITTER,
 ) -> Forward:
     """The part of a step that autograd sees, from stored pixels to the loss.
 
@@ -38,10 +46,14 @@ def make_forward(
         normalise: uint8 pixels -> the dtype of the step.
         train: names precision and engine.
         device: where all of it lives.
+        jitter: what rows of jitter ask for; teacher and student see the jittered image.
     """
+    rotate = jitter.rotation_degrees > 0
     dtype = DTYPES[train.precision]
 
-    def forward(images_NCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(images_NCHW: Tensor, labels_B: Tensor, jitter_B4: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if jitter_B4 is not None:
+            images_NCHW = jitter_views(images_NCHW, jitter_B4, rotate=rotate)
         inputs_NCHW = normalise(images_NCHW)
         teacher_logits_BC = None if teacher is None else teacher(inputs_NCHW)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -53,7 +65,7 @@ def make_forward(
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         # Past its limit of compilations torch would go on in eager mode and only log it.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        # Two batch sizes at most, the full and the last one: static shapes make faster code.
+        # Two batch sizes at most, the full and the last one, times the resolutions: static shapes make faster code.
         return torch.compile(forward, dynamic=False)
     return forward
 

@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> None:
     """The command."""
     recipe = read_recipe(words)
     dataset = open_dataset(recipe)
-    plan = make_plan(recipe, dataset.train_hash, find_teacher(recipe, dataset))
+    plan = make_plan(recipe, dataset.train_hash, find_teacher(recipe, dataset), dataset.pixels)
     if recipe.run.dry:
         print(describe(plan))
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,11 @@ from fastgen.nodes import Node, locked
 from fastgen.optim import make_optimizer, set_lr
 from fastgen.plan import Generation
 from fastgen.record import Recorder
-from fastgen.schedule import Schedule, make_schedule
+from fastgen.schedule import Schedule, make_schedule, resolution_px
 from fastgen.step import DTYPES, Forward, make_forward, make_scaler
 from fastgen.stop import StopRequest
 from fastgen.teacher import Teacher, make_teacher
-from fastgen.views import EpochViews, evaluation_views, training_views
+from fastgen.views import EpochViews, ShiftCrop
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,12 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
 
         for epoch in range(training.step // schedule.steps_per_epoch, train.epochs):
             with training.stopwatch.phase("views"):
-                views = training_views(dataset.train.ids, dataset.crop, generation.data_seed, generation.index, epoch)
+                side_px = resolution_px(bench.recipe.data, train.epochs, epoch)
+                views = dataset.training_views(generation.data_seed, generation.index, epoch, side_px)
             first_batch = training.step % schedule.steps_per_epoch
             with training.stopwatch.phase("train"):
                 for batch in bench.train_loader.batches(views, train.batch_size, first_batch):
-                    take_step(training, forward, batch, schedule.lr(training.step))
+                    take_step(training, forward, batch, schedule.lr(training.step), train.accumulate_steps)
                     bench.recorder.stepped(training.step)
                     if training.step % schedule.steps_per_epoch == 0:
                         break  # what an epoch's end has to tell and to save follows below
@@ -108,17 +111,39 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
         _finish(bench, generation, training, node)
 
 
-def take_step(training: Training, forward: Forward, batch: Batch, lr: float) -> None:
-    """One step of SGD; nothing in it waits for the device."""
+def take_step(training: Training, forward: Forward, batch: Batch, lr: float, accumulate_steps: int = 1) -> None:
+    """One step of SGD; nothing in it waits for the device.
+
+    With accumulate_steps the batch passes in so many parts, whose gradients are added up, weighed by their images:
+    the gradient of the whole batch's mean loss, but for batch-norm, which sees one part at a time.
+    """
     set_lr(training.optimizer, lr)
     # Here and not after the step: measured faster on a CPU (benchmarks/NOTES.md).
     training.optimizer.zero_grad()
-    loss, logits_BC = forward(batch.images_NCHW, batch.labels)
-    training.scaler.scale(loss).backward()
+    images = len(batch.labels)
+    for part in _parts(batch, accumulate_steps):
+        loss, logits_BC = forward(part.images_NCHW, part.labels, part.jitter)
+        share = len(part.labels) / images
+        training.scaler.scale(loss if share == 1 else loss * share).backward()
+        training.meter.add(training.step, loss, logits_BC, part.labels)
     training.scaler.step(training.optimizer)
     training.scaler.update()
-    training.meter.add(training.step, loss, logits_BC, batch.labels)
     training.step += 1
+
+
+def _parts(batch: Batch, count: int) -> Iterator[Batch]:
+    if count == 1:
+        yield batch
+        return
+    for begin, end in itertools.pairwise(_part_bounds(len(batch.labels), count)):
+        part = slice(begin, end)
+        jitter = None if batch.jitter is None else batch.jitter[part]
+        yield Batch(batch.images_NCHW[part], batch.labels[part], batch.ids[part], jitter)
+
+
+def _part_bounds(images: int, count: int) -> list[int]:
+    """Bounds of at most `count` parts that differ by one image at most; no part is empty."""
+    return sorted({images * number // count for number in range(count + 1)})
 
 
 def _start(bench: Workbench, generation: Generation) -> Training:
@@ -145,24 +170,44 @@ def _make_forward(bench: Workbench, training: Training, generation: Generation, 
         # The code of the generation before is of no more use, and counts towards torch's limit of compilations.
         torch.compiler.reset()
     normalise = Normaliser(facts.mean, facts.std, bench.device, DTYPES[train.precision])
-    return make_forward(training.model, make_loss(generation.objective), teacher, normalise, train, bench.device)
+    loss, jitter = make_loss(generation.objective), bench.dataset.crop.jitter
+    return make_forward(training.model, loss, teacher, normalise, train, bench.device, jitter)
 
 
 def _warm_up(bench: Workbench, training: Training, forward: Forward, schedule: Schedule) -> None:
     """Compiles, and lets libraries choose their algorithms, on blank images; changes no state."""
-    facts, samples = bench.dataset.facts, len(bench.dataset.train)
-    last = samples - (schedule.steps_per_epoch - 1) * bench.recipe.train.batch_size
     before = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
-    for count in {min(bench.recipe.train.batch_size, samples), last}:
-        blank = torch.zeros(
-            count, facts.channels, facts.height_px, facts.width_px, dtype=torch.uint8, device=bench.device
-        )
+    jitter_4 = torch.zeros(4, device=bench.device) if bench.dataset.crop.jitter.active else None
+    for count, (height_px, width_px) in itertools.product(
+        _part_sizes(bench, schedule), _view_sizes(bench.recipe, bench.dataset)
+    ):
+        shape = (count, bench.dataset.facts.channels, height_px, width_px)
+        blank = torch.zeros(shape, dtype=torch.uint8, device=bench.device)
         labels = torch.zeros(count, dtype=torch.int64, device=bench.device)
-        loss, _ = forward(blank.contiguous(memory_format=torch.channels_last), labels)
+        jitter = None if jitter_4 is None else jitter_4.repeat(count, 1)
+        loss, _ = forward(blank.contiguous(memory_format=torch.channels_last), labels, jitter)
         loss.backward()
     training.optimizer.zero_grad()
     for name, buffer in training.model.named_buffers():
         buffer.copy_(before[name])
+
+
+def _part_sizes(bench: Workbench, schedule: Schedule) -> list[int]:
+    """How many images may pass through the network at once: parts of full batches and of the last one."""
+    train, samples = bench.recipe.train, len(bench.dataset.train)
+    last = samples - (schedule.steps_per_epoch - 1) * train.batch_size
+    batches = {min(train.batch_size, samples), last}
+    bounds = [itertools.pairwise(_part_bounds(images, train.accumulate_steps)) for images in batches]
+    return sorted({end - begin for pairs in bounds for begin, end in pairs})
+
+
+def _view_sizes(recipe: Recipe, dataset: Dataset) -> list[tuple[int, int]]:
+    """Heights and widths of all training views."""
+    if isinstance(dataset.crop, ShiftCrop):
+        return [(dataset.crop.height_px, dataset.crop.width_px)]
+    epochs = recipe.train.epochs
+    sides = {resolution_px(recipe.data, epochs, epoch) for epoch in range(epochs)}
+    return [(side, side) for side in sorted(sides)]
 
 
 def _resume(training: Training, node: Node) -> None:
@@ -272,7 +317,7 @@ def _end_epoch(bench: Workbench, training: Training, epoch: int, reading: Readin
 
 def _evaluate(bench: Workbench, model: nn.Module) -> dict[str, float]:
     dataset = bench.dataset
-    views = evaluation_views(dataset.evaluation.ids, dataset.crop)
+    views = dataset.evaluation_views(dataset.evaluation)
     normalise = evaluation_normaliser(dataset, bench.device)
     measured, _ = measure(model, bench.evaluation_loader, views, normalise, bench.recipe.gen.k, bench.device)
     return {"top1_error": measured.top1_error, "top5_error": measured.top5_error}
@@ -301,6 +346,7 @@ def _finish(bench: Workbench, generation: Generation, training: Training, node: 
         "environment": describe_environment(bench.device),
         "path": {
             "views": recipe.data.backend,
+            "pixels": bench.dataset.pixels,
             "step": recipe.train.engine,
             "loss": "torch",
             "teacher": "torch, batch-norm folded" if generation.teacher else None,

@@ -9,7 +9,7 @@ from fastgen.data.facts import DATASETS
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.data.synthetic import SyntheticLoader
-from fastgen.views import CropPolicy, EpochViews, evaluation_views, training_views
+from fastgen.views import ShiftCrop, EpochViews, evaluation_views, training_views
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def require_same(batches, split, views, batch_size, pad, first_batch=0):
 )
 def test_resident_batches_equal_plain_crops(shape, pad, batch_size, first_batch):
     split = random_split(*shape)
-    policy = CropPolicy(shape[1], shape[2], pad, flip=True)
+    policy = ShiftCrop(shape[1], shape[2], pad, flip=True)
     for epoch in range(2):
         views = training_views(split.ids, policy, 3, 1, epoch)
         loader = ResidentLoader(split, pad, CPU)
@@ -90,7 +90,7 @@ def test_every_corner_and_both_flips_of_one_image():
 
 def test_evaluation_sees_the_stored_pixels():
     split = random_split(11, 8, 8, 3)
-    views = evaluation_views(split.ids, CropPolicy(8, 8, 4, flip=True))
+    views = evaluation_views(split.ids, ShiftCrop(8, 8, 4, flip=True))
     batches = list(ResidentLoader(split, 4, CPU).batches(views, 4))
     shown = torch.cat([batch.images_NCHW for batch in batches]).numpy()
     np.testing.assert_array_equal(shown.transpose(0, 2, 3, 1), split.images_NHWC)
@@ -101,7 +101,7 @@ def test_a_batch_stays_as_it_was():
     split = random_split(8, 8, 8, 3)
     before = split.images_NHWC.copy()
     loader = ResidentLoader(split, 1, CPU)
-    views = training_views(split.ids, CropPolicy(8, 8, 1, flip=True), 0, 0, 0)
+    views = training_views(split.ids, ShiftCrop(8, 8, 1, flip=True), 0, 0, 0)
     first, second = loader.batches(views, 4)
     first.images_NCHW.zero_()
     second.images_NCHW.zero_()
@@ -150,7 +150,7 @@ def test_normalised_training_set_has_mean_zero_and_spread_one():
 def test_synthetic_loader_keeps_the_contract(samples, batch_size, first_batch):
     facts = DATASETS["cifar100"]
     ids = np.arange(samples)
-    views = training_views(ids, CropPolicy(32, 32, 4, flip=True), 0, 0, 0)
+    views = training_views(ids, ShiftCrop(32, 32, 4, flip=True), 0, 0, 0)
     loader = SyntheticLoader(samples, facts, CPU)
     batches = list(loader.batches(views, batch_size, first_batch))
     assert len(loader) == samples
@@ -174,7 +174,7 @@ def test_synthetic_loader_keeps_the_contract(samples, batch_size, first_batch):
 
 def test_synthetic_batches_are_as_large_as_they_are_asked_for():
     """Evaluation asks for larger batches than training: every sample must be counted all the same."""
-    views = EpochViews(np.arange(300), np.zeros((300, 5), np.int32))
+    views = EpochViews(np.arange(300), np.zeros((300, 5), np.int32), 8, 8)
     loader = SyntheticLoader(300, DATASETS["digits"], CPU)
     for batch in loader.batches(views, 200):
         assert len(batch.images_NCHW) == len(batch.labels) == len(batch.ids)

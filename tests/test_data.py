@@ -17,7 +17,7 @@ from fastgen.data.facts import DATASETS
 from fastgen.data.split import Split, make_dataset
 from fastgen.errors import UserError
 from fastgen.recipe import read_recipe
-from fastgen.views import CropPolicy
+from fastgen.views import ShiftCrop
 
 
 def save_string(pickler, value):
@@ -360,8 +360,8 @@ def test_a_limit_that_is_too_large_is_refused(fake_cifar100, settings, named):
 
 
 def test_augmentation_is_the_data_sets_own(fake_cifar100):
-    assert small_dataset(fake_cifar100).crop == CropPolicy(32, 32, 4, True)
-    assert small_dataset(fake_cifar100, augment="none").crop == CropPolicy(32, 32, 0, False)
+    assert small_dataset(fake_cifar100).crop == ShiftCrop(32, 32, 4, True)
+    assert small_dataset(fake_cifar100, augment="none").crop == ShiftCrop(32, 32, 0, False)
 
 
 def test_a_recipe_opens_its_data_set(fake_cifar100, write_recipe):

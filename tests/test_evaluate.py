@@ -15,7 +15,7 @@ from fastgen.data.split import Split
 from fastgen.errors import Stopped
 from fastgen.evaluate import EVALUATION_BATCH, Measurement, Tally, measure, measure_ensemble, rank_of_label
 from fastgen.stop import StopRequest
-from fastgen.views import CropPolicy, evaluation_views
+from fastgen.views import ShiftCrop, evaluation_views
 
 CPU = torch.device("cpu")
 NAMES = [f.name for f in fields(Measurement)]
@@ -166,7 +166,7 @@ def bench():
     pixels = np.zeros((count, 2, 2, 1), np.uint8)
     pixels[:, 0, 0, 0], pixels[:, 0, 1, 0] = np.arange(count) % 256, np.arange(count) // 256
     split = Split(pixels, labels.numpy(), np.arange(count))
-    views = evaluation_views(split.ids, CropPolicy(2, 2, 0, flip=False))
+    views = evaluation_views(split.ids, ShiftCrop(2, 2, 0, flip=False))
     # (pixel / 255 - 0) / (1 / 255) = pixel
     normalise = Normaliser((0.0,), (1 / 255,), CPU, torch.float32)
     return ResidentLoader(split, 0, CPU), labels, views, normalise, logits

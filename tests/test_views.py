@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastgen.views import (
-    CropPolicy,
+    ShiftCrop,
     class_balanced,
     evaluation_views,
     holdout_split,
@@ -12,7 +12,7 @@ from fastgen.views import (
     training_views,
 )
 
-POLICY = CropPolicy(height_px=32, width_px=32, pad_px=4, flip=True)
+POLICY = ShiftCrop(height_px=32, width_px=32, pad_px=4, flip=True)
 IDS = np.arange(50_000, dtype=np.int64)
 
 
@@ -135,7 +135,7 @@ def test_places_in_the_order_are_uniform_and_independent_of_views():
 
 @pytest.mark.parametrize("pad", [0, 1, 4])
 def test_corners_reach_the_whole_padding_and_no_further(pad):
-    table = training_views(IDS, CropPolicy(8, 12, pad, flip=False), 0, 0, 0).table
+    table = training_views(IDS, ShiftCrop(8, 12, pad, flip=False), 0, 0, 0).table
     for column in (0, 1):
         assert sorted(set(table[:, column].tolist())) == list(range(-pad, pad + 1))
     assert (table[:, 2:] == (8, 12, 0)).all()
@@ -143,13 +143,13 @@ def test_corners_reach_the_whole_padding_and_no_further(pad):
 
 def test_without_flip_the_crops_stay_the_same():
     with_flip = training_views(IDS, POLICY, 0, 0, 0).table
-    without = training_views(IDS, CropPolicy(32, 32, 4, flip=False), 0, 0, 0).table
+    without = training_views(IDS, ShiftCrop(32, 32, 4, flip=False), 0, 0, 0).table
     np.testing.assert_array_equal(with_flip[:, :4], without[:, :4])
     assert with_flip[:, 4].any()
 
 
 def test_evaluation_shows_every_whole_image_once_in_order():
-    views = evaluation_views(np.array([9, 4, 7]), CropPolicy(8, 12, 2, flip=True))
+    views = evaluation_views(np.array([9, 4, 7]), ShiftCrop(8, 12, 2, flip=True))
     assert views.order.tolist() == [0, 1, 2]
     assert views.table.tolist() == [[0, 0, 8, 12, 0]] * 3
 

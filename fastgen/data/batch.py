@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from fastgen.views import EpochViews
+from fastgen.views import WHOLE, EpochViews, Share
 
 
 @dataclass(frozen=True)
@@ -16,14 +17,16 @@ class Batch:
     """Samples of one step, on the device.
 
     Attributes:
-        images_NCHW: uint8 in channels-last memory; views are executed, normalisation is not.
+        images_NCHW: uint8 in channels-last memory; views are executed, jitter and normalisation are not.
         labels: int64 (N,).
         ids: int64 (N,), sample ids.
+        jitter: float32 (N, 4), what `augment.Jitter` shall do to each image; None: nothing.
     """
 
     images_NCHW: Tensor
     labels: Tensor
     ids: Tensor
+    jitter: Tensor | None = None
 
 
 class Loader(Protocol):
@@ -33,6 +36,21 @@ class Loader(Protocol):
         """Number of samples."""
         ...
 
-    def batches(self, views: EpochViews, batch_size: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Yields batches first_batch, first_batch + 1, ... of the order; the last may be smaller."""
+    def batches(
+        self, views: EpochViews, batch_size: int, first_batch: int = 0, share: Share = WHOLE
+    ) -> Iterator[Batch]:
+        """Yields this share of the batches first_batch, first_batch + 1, ... of the order.
+
+        The last batch may be smaller, and a share of it empty: then it is left out. The memory of a batch is its
+        own: it may be kept. Leaving the iterator early ends whatever works behind it.
+
+        Raises:
+            UserError: a sample cannot be read; the line names its file.
+            ValueError: the views are not of these samples, or lie outside their pictures.
+        """
         ...
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastgen.augment import Windows, crop_and_flip
 from fastgen.data.batch import Batch
 from fastgen.data.split import Split
-from fastgen.views import EpochViews
+from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
 
 class ResidentLoader:
@@ -31,17 +34,25 @@ class ResidentLoader:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def batches(self, views: EpochViews, batch_size: int, first_batch: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, views: EpochViews, batch_size: int, first_batch: int = 0, share: Share = WHOLE
+    ) -> Iterator[Batch]:
         """See `Loader.batches`."""
-        order, table = self._to_device(views)
-        for positions in order[first_batch * batch_size :].split(batch_size):
-            images_NCHW = crop_and_flip(self._windows, positions, table[positions])
-            yield Batch(images_NCHW, self._labels[positions], self._ids[positions])
+        shares = list(batch_positions(views.order, batch_size, first_batch, share))
+        if not shares:
+            return
+        mine = self._to_device(np.concatenate(shares))
+        table = self._to_device(views.table).long()
+        jitter = None if views.jitter is None else self._to_device(views.jitter)
+        for positions in mine.split([len(part) for part in shares]):
+            if len(positions):
+                images_NCHW = crop_and_flip(self._windows, positions, table[positions])
+                drawn = None if jitter is None else jitter[positions]
+                yield Batch(images_NCHW, self._labels[positions], self._ids[positions], drawn)
 
-    def _to_device(self, views: EpochViews) -> tuple[Tensor, Tensor]:
-        tensors = (torch.from_numpy(views.order), torch.from_numpy(views.table).long())
+    def _to_device(self, values: npt.NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(values)
         if self._device.type == "cuda":
             # From pinned memory the copy does not make the host wait for the device.
-            tensors = (tensors[0].pin_memory(), tensors[1].pin_memory())
-        order, table = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
-        return order, table
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgen.data.batch import Batch
 from fastgen.data.facts import Facts
-from fastgen.views import EpochViews
+from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
 
 class SyntheticLoader:
@@ -17,7 +17,7 @@ class SyntheticLoader:
 
     Args:
         samples: how many samples an epoch pretends to have.
-        facts: shape of the images and number of classes.
+        facts: number of channels and classes.
         device: where the batch is kept.
     """
 
@@ -29,16 +29,21 @@ class SyntheticLoader:
     def __len__(self) -> int:
         return self._samples
 
-    def batches(self, views: EpochViews, batch_size: int, first_batch: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, views: EpochViews, batch_size: int, first_batch: int = 0, share: Share = WHOLE
+    ) -> Iterator[Batch]:
         """See `Loader.batches`; the ids are the positions in the order, the pixels belong to none."""
-        images_NCHW, labels = self._draw(min(batch_size, self._samples))
-        positions = torch.from_numpy(views.order).to(self._device)
-        for ids in positions[first_batch * batch_size :].split(batch_size):
-            yield Batch(images_NCHW[: len(ids)], labels[: len(ids)], ids)
+        images_NCHW, labels = self._draw(min(batch_size, self._samples), views.height_px, views.width_px)
+        jitter = None if views.jitter is None else torch.from_numpy(views.jitter[: len(labels)]).to(self._device)
+        for positions in batch_positions(views.order, batch_size, first_batch, share):
+            count = len(positions)
+            if count:
+                ids = torch.from_numpy(positions).to(self._device)
+                yield Batch(images_NCHW[:count], labels[:count], ids, None if jitter is None else jitter[:count])
 
-    def _draw(self, count: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, count: int, height_px: int, width_px: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        shape = (count, self._facts.channels, self._facts.height_px, self._facts.width_px)
+        shape = (count, self._facts.channels, height_px, width_px)
         images_NCHW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         labels = torch.randint(0, self._facts.classes, (count,), generator=generator)
         return images_NCHW.to(self._device, memory_format=torch.channels_last), labels.to(self._device)

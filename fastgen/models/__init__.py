@@ -7,16 +7,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torchvision
 from torch import nn
 
 from fastgen.models.resnet_cifar import CifarResNet
 
 Builder = Callable[..., nn.Module]
+IMAGE_CHANNELS = 3
 
 
 def _cifar_resnet(depth: int) -> Builder:
     def build(**settings: Any) -> nn.Module:
         return CifarResNet(depth, **settings)
+
+    return build
+
+
+def _torchvision_resnet(name: str) -> Builder:
+    def build(classes: int, in_channels: int, downsample: str) -> nn.Module:
+        if in_channels != IMAGE_CHANNELS or downsample != "strided":
+            raise ValueError(f"{name} takes {IMAGE_CHANNELS} channels and downsample = strided")
+        return torchvision.models.get_model(name, weights=None, num_classes=classes)
 
     return build
 
@@ -30,6 +41,9 @@ MODELS: dict[str, Builder] = {
     "resnet74": _cifar_resnet(74),
     "resnet92": _cifar_resnet(92),
     "resnet110": _cifar_resnet(110),
+    "resnet18": _torchvision_resnet("resnet18"),
+    "resnet34": _torchvision_resnet("resnet34"),
+    "resnet50": _torchvision_resnet("resnet50"),
 }
 
 
