@@ -1,20 +1,24 @@
 # Two commands do everything on a fresh machine, from a clone: `make demo` and `make test`.
-# The environment is made from requirements.lock; ENV and PYTHON can be set from outside.
+# The environment is made from requirements.lock, and for the tests from requirements-loaders.lock, which adds FFCV and
+# DALI; ENV and PYTHON can be set from outside.
 
 PYTHON ?= python3
 ENV ?= .venv
 BIN := $(ENV)/bin
 STAMP := $(ENV)/.fastgen-installed
+LOADERS_STAMP := $(ENV)/.fastgen-loaders-installed
+# OpenCV and libjpeg-turbo for FFCV and the native decoder; a compiler and Python's headers for these and torch.compile.
+SYSTEM_PACKAGES := g++ python3-dev pkg-config libopencv-dev libturbojpeg0-dev libjpeg62-turbo-dev
 
-.PHONY: demo test env check lock compiler clean
+.PHONY: demo test env loaders check system lock clean
 
 demo: env
 	$(BIN)/python -m fastgen.train --cfg rcp/demo.yaml
 
-test: env compiler check
+test: loaders check
 	$(BIN)/python -m pytest
 
-check: env
+check: loaders
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -27,16 +31,27 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-# torch.compile on a CPU calls a C++ compiler, which needs Python's headers.
-compiler: env
-	@{ command -v g++ >/dev/null && test -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"; } || \
-		{ apt-get update && apt-get install -y --no-install-recommends g++ python3-dev; }
+# FFCV is built from source against the system's libraries, on the machine that runs it.
+loaders: system $(LOADERS_STAMP)
 
-# Resolves all versions anew, for every platform and Python that the project supports.
+$(LOADERS_STAMP): requirements-loaders.lock $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -r requirements-loaders.lock
+	touch $@
+
+system: env
+	@{ command -v g++ pkg-config >/dev/null && pkg-config --exists opencv4 libturbojpeg && \
+		test -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" && \
+		echo '#include <stdio.h>\n#include <jpeglib.h>' | g++ -fsyntax-only -xc++ -; } 2>/dev/null || \
+		{ apt-get update && apt-get install -y --no-install-recommends $(SYSTEM_PACKAGES); }
+
+# Resolves all versions anew, for every platform and Python that the project supports. Needs `make system` before.
 lock: env
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra demo --extra dev \
 		--no-annotate --no-emit-index-url --custom-compile-command "make lock" --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra demo --extra dev --extra loaders-dev \
+		--constraint requirements.lock --no-build-isolation-package ffcv --python $(BIN)/python \
+		--no-annotate --no-emit-index-url --custom-compile-command "make lock" --output-file requirements-loaders.lock
 
 clean:
 	rm -rf $(ENV) build *.egg-info

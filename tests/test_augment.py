@@ -9,7 +9,7 @@ from fastgen.data.facts import DATASETS
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.data.synthetic import SyntheticLoader
-from fastgen.views import ShiftCrop, EpochViews, evaluation_views, training_views
+from fastgen.views import EpochViews, ShiftCrop, evaluation_views, training_views
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PURE = ("config", "laws", "plan", "recipe", "schedule", "views", "errors", "stop")
+PURE = ("config", "laws", "plan", "recipe", "schedule", "philox", "views", "errors", "stop")
 
 
 def mapped_modules() -> set[str]:
@@ -20,9 +20,11 @@ def mapped_modules() -> set[str]:
 
 def test_every_module_is_in_the_map():
     modules = {
-        str(path.relative_to(ROOT)) for folder in ("fastgen", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+        str(path.relative_to(ROOT))
+        for folder in ("fastgen", "benchmarks", "data_prep")
+        for path in (ROOT / folder).rglob("*.py")
     }
-    modules -= {"fastgen/__init__.py", "benchmarks/__init__.py"}
+    modules -= {"fastgen/__init__.py", "benchmarks/__init__.py", "data_prep/__init__.py"}
     assert modules == mapped_modules()
 
 
@@ -60,5 +62,5 @@ def test_pure_modules_import_no_torch(module):
 
 
 def test_the_command_imports_no_optional_library():
-    optional = {"ffcv", "nvidia.dali", "triton", "sklearn", "tensorboard", "torchvision", "apex"}
+    optional = {"ffcv", "numba", "nvidia.dali", "triton", "sklearn", "tensorboard", "torchvision", "apex", "PIL"}
     assert imported_by("import fastgen.train") & optional == set()

@@ -15,6 +15,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -93,20 +94,21 @@ class FolderLoader:
     def _start(self, views: EpochViews, parts: list[list[Int64]]) -> Iterator[Any]:
         flat = [part for of_batch in parts for part in of_batch]
         workers = min(self._workers, len(flat))
-        loader = DataLoader(
-            _Parts(self._split, views),
-            batch_size=None,
-            sampler=flat,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=-(-self._ahead * len(parts[0]) // workers),
-            worker_init_fn=_set_up_worker,
-            # Forks share the index and the views; other ways would pickle them for each worker.
-            multiprocessing_context=multiprocessing.get_context("fork"),
-            # Its own, so that the epoch draws nothing from the generator of everything else.
-            generator=torch.Generator(),
-        )
-        return _iterate(loader)
+        with _as_before():
+            loader = DataLoader(
+                _Parts(self._split, views),
+                batch_size=None,
+                sampler=flat,
+                collate_fn=_as_it_is,
+                num_workers=workers,
+                prefetch_factor=-(-self._ahead * len(parts[0]) // workers),
+                worker_init_fn=_set_up_worker,
+                # Forks share the index and the views; other ways would pickle them for each worker.
+                multiprocessing_context=multiprocessing.get_context("fork"),
+                # Its own, so that the epoch draws nothing from the generator of everything else.
+                generator=torch.Generator(),
+            )
+            return iter(loader)
 
     def _collect(self, results: Iterator[Any], sizes: list[int], shape: tuple[int, int, int]) -> Tensor:
         pinned = self._device.type == "cuda"
@@ -269,20 +271,21 @@ def _shape(split: AnySplit, views: EpochViews) -> tuple[int, int, int]:
     return views.height_px, views.width_px, channels
 
 
-def _iterate(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Starts the workers, and leaves the process' signals as they were.
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """Keeps torch from changing how the process handles signals, and from warnings that nobody can act on.
 
     torch raises from the handler of SIGCHLD when a worker dies, in the middle of whatever the main thread does; that
     it waits in vain for the worker's part is found out without it, within five seconds, where we are prepared for it.
     """
+    before = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
-        # Python warns of forks while other threads live; ours neither use torch's threads nor take their locks.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        before = signal.getsignal(signal.SIGCHLD)
-        results = iter(loader)
+        # Of more workers than cores, which is the user's choice, and of forks while other threads live: ours neither
+        # use torch's threads nor take their locks.
+        warnings.simplefilter("ignore")
+        yield
     if threading.current_thread() is threading.main_thread() and before is not None:
         signal.signal(signal.SIGCHLD, before)
-    return results
 
 
 def _next(results: Iterator[Any]) -> Tensor:

@@ -146,7 +146,8 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"{path}: there is no such manifest: make it with python -m data_prep.manifest")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # Opened here, because numpy leaves a damaged file open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
             columns = {name: arrays[name] for name in _COLUMNS}
         if header["format"] != MANIFEST_FORMAT:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from fastgen.models.resnet_cifar import CifarResNet
@@ -27,6 +26,9 @@ def _torchvision_resnet(name: str) -> Builder:
     def build(classes: int, in_channels: int, downsample: str) -> nn.Module:
         if in_channels != IMAGE_CHANNELS or downsample != "strided":
             raise ValueError(f"{name} takes {IMAGE_CHANNELS} channels and downsample = strided")
+        # Here and not above: its import takes a second that runs on small images do without.
+        import torchvision
+
         return torchvision.models.get_model(name, weights=None, num_classes=classes)
 
     return build

@@ -1,0 +1,62 @@
+"""Gradient accumulation: the parts' gradients add up to those of the whole batch."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastgen.data.batch import Batch
+from fastgen.meters import Meter, Stopwatch
+from fastgen.trainer import Training, _part_bounds, take_step
+
+CPU = torch.device("cpu")
+
+
+def training_of(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Training(model, optimizer, scaler, Meter(CPU), Stopwatch(CPU))
+
+
+def batch_of(count):
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randn(count, 3, 2, 2, generator=generator, dtype=torch.float64)
+    return Batch(images, torch.randint(0, 5, (count,), generator=generator), torch.arange(count), torch.randn(count, 4))
+
+
+def step(count, accumulate_steps):
+    """(weights after one step, reading of the meter, images of each forward pass)"""
+    torch.manual_seed(0)
+    model = nn.Linear(12, 5).double()
+    training, passes = training_of(model), []
+
+    def forward(images, labels, jitter=None):
+        passes.append(len(images))
+        assert len(jitter) == len(images)
+        logits = model(images.flatten(1))
+        return nn.functional.cross_entropy(logits, labels), logits.detach()
+
+    take_step(training, forward, batch_of(count), 0.1, accumulate_steps)
+    return model.weight.detach(), training.meter.read(), passes
+
+
+@pytest.mark.parametrize(("count", "parts"), [(8, 2), (7, 3), (5, 5), (3, 8), (1, 4), (128, 3)])
+def test_parts_give_the_step_of_the_whole_batch(count, parts):
+    whole, reading, _ = step(count, 1)
+    split, split_reading, passes = step(count, parts)
+    # fp64 sums of up to 128 terms in another order.
+    torch.testing.assert_close(split, whole, rtol=1e-12, atol=1e-13)
+    assert split_reading.loss == pytest.approx(reading.loss, rel=1e-12)
+    assert (split_reading.images, split_reading.accuracy) == (reading.images, reading.accuracy)
+    assert sum(passes) == count
+    assert len(passes) == min(parts, count)
+    assert max(passes) - min(passes) <= 1
+
+
+def test_bounds_leave_no_part_empty():
+    for images in range(1, 40):
+        for parts in range(1, 12):
+            bounds = _part_bounds(images, parts)
+            assert bounds[0] == 0
+            assert bounds[-1] == images
+            assert bounds == sorted(set(bounds))
+            assert len(bounds) - 1 == min(images, parts)
