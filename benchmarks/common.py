@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,25 +215,6 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-class Arguments(argparse.ArgumentParser):
-    """Reads --name=value; a mistake is one line and exit code 2, as everywhere in fastgen."""
-
-    def __init__(self, program: str, purpose: str) -> None:
-        super().__init__(prog=f"python -m {program}", description=purpose, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError instead of printing the usage."""
-        raise UserError(f"{message} (--help lists all arguments)")
-
-
-def at_least_one(text: str) -> int:
-    """Type of arguments that count something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is below 1")
-    return value
 
 
 def positive_minutes(text: str) -> float:

@@ -37,8 +37,9 @@ from benchmarks.checks import (
     check_views,
 )
 from benchmarks.checks_training import check_engines, check_resume, memorisable_split
-from benchmarks.common import RESULTS, Arguments, append_rows, at_least_one, choose, facts_line, positive_minutes
+from benchmarks.common import RESULTS, append_rows, choose, facts_line, positive_minutes
 from benchmarks.step import ENGINES, Case, Engine, Precision
+from fastgen.arguments import Arguments, at_least_one
 from fastgen.data.facts import DATASETS, Facts
 from fastgen.errors import FastgenError, Stopped, command
 

@@ -41,11 +41,9 @@ import data_prep.beton
 import data_prep.manifest
 from benchmarks.common import (
     RESULTS,
-    Arguments,
     Spread,
     Timings,
     append_rows,
-    at_least_one,
     facts_line,
     machine_facts,
     spread,
@@ -53,6 +51,7 @@ from benchmarks.common import (
 )
 from benchmarks.loaders_stock import BATCHES_AHEAD, Epochs, stock_dali, stock_ffcv, torch_threads_kept
 from data_prep.sources import Request, Source, open_source
+from fastgen.arguments import Arguments, at_least_one
 from fastgen.config import DataSettings
 from fastgen.data.batch import Loader, usable_cores
 from fastgen.data.beton import Beton, BetonWriter, Sample, page_bytes_for, read_beton

@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.common import RESULTS, ROOT, Arguments, append_rows, positive_minutes, read_rows
+from benchmarks.common import RESULTS, ROOT, append_rows, positive_minutes, read_rows
+from fastgen.arguments import Arguments
 from fastgen.checkpoint import load_checkpoint
 from fastgen.config import Recipe, hash_of
 from fastgen.errors import FastgenError, UserError, command

@@ -26,17 +26,16 @@ from torch import Tensor, nn
 
 from benchmarks.common import (
     RESULTS,
-    Arguments,
     Spread,
     Step,
     Timings,
     append_rows,
-    at_least_one,
     choose,
     facts_line,
     machine_facts,
     time_interleaved,
 )
+from fastgen.arguments import Arguments, at_least_one
 from fastgen.augment import Normaliser
 from fastgen.config import TrainSettings
 from fastgen.data.batch import Batch, Loader

@@ -26,10 +26,11 @@ from PIL import Image
 
 from data_prep.journal import Journal, Places, Stored, remove_leftovers
 from data_prep.judge import Judged, Refusal, Row, Rules, check_count, digest_of, findings, judge, make_manifest, summary
-from data_prep.options import Arguments, add_source, at_least_one, request_of, run, say, shown, versions
+from data_prep.options import add_source, request_of, run, say, shown, versions
 from data_prep.progress import Progress, clock, gigabytes
 from data_prep.sources import Picture, Source, UInt8, file_bytes, open_source, sample_evenly
 from data_prep.work import CHUNK, Workers
+from fastgen.arguments import Arguments, at_least_one
 from fastgen.data.beton import JPEG, MAX_SIDE_PX, RAW, Sample, page_bytes_for, read_beton
 from fastgen.data.manifest import Manifest, read_manifest, to_bytes
 from fastgen.data.photos import Refused, read_size
@@ -384,7 +385,7 @@ def _storage(arguments: argparse.Namespace, source: Source) -> Storage:
 
 def _write_manifest(path: Path, manifest: Manifest) -> None:
     # Brings torch with it, which worker processes need not load.
-    from fastgen.checkpoint import write_atomically
+    from fastgen.files import write_atomically
 
     write_atomically(path, to_bytes(manifest, path))
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.judge import Refusal, Row, Rules, as_png, check_count, findings, judge, make_manifest, summary
-from data_prep.options import Arguments, add_source, request_of, run, say, shown
+from data_prep.options import add_source, request_of, run, say, shown
 from data_prep.progress import Progress
 from data_prep.sources import Picture, Source, open_source
 from data_prep.work import Workers
+from fastgen.arguments import Arguments
 from fastgen.data.manifest import Manifest, read_manifest, to_bytes
 from fastgen.errors import UserError
 from fastgen.stop import StopRequest
@@ -169,7 +170,7 @@ def _remove_unused(stand_ins: Path, manifest: Manifest) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     # Brings torch with it, which worker processes need not load.
-    from fastgen.checkpoint import write_atomically
+    from fastgen.files import write_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)

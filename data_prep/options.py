@@ -6,35 +6,16 @@ import argparse
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn
 
 from data_prep.sources import TEST, TRAIN, Request
 from data_prep.work import default_workers
 from fastgen import __version__
+from fastgen.arguments import Arguments, at_least_one
 from fastgen.errors import MACHINE_FAULTS, MachineError, UserError, as_one_line, command
 
 SHOWN = 50
 SPLITS = {"train": TRAIN, "test": TEST, "val": TEST}
 PACKAGES = ("numpy", "pillow", "simplejpeg")
-
-
-class Arguments(argparse.ArgumentParser):
-    """Reads --name=value; a mistake is one line and exit code 2, as everywhere in fastgen."""
-
-    def __init__(self, program: str, purpose: str) -> None:
-        super().__init__(prog=f"python -m {program}", description=purpose, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError instead of printing the usage."""
-        raise UserError(f"{message} (--help lists all arguments)")
-
-
-def at_least_one(text: str) -> int:
-    """Type of arguments that count something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is below 1")
-    return value
 
 
 def add_source(parser: Arguments) -> None:

@@ -21,9 +21,10 @@ import simplejpeg
 
 from data_prep.beton import sha256_of
 from data_prep.judge import Refusal, Rules, digest_of, judge
-from data_prep.options import Arguments, add_workers, run, say, shown
+from data_prep.options import add_workers, run, say, shown
 from data_prep.progress import Progress, gigabytes
 from data_prep.work import Workers
+from fastgen.arguments import Arguments
 from fastgen.data.beton import JPEG, Beton, read_beton
 from fastgen.data.manifest import DAMAGED, Manifest, read_manifest
 from fastgen.data.photos import Refused, decode_plain

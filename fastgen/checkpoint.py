@@ -1,10 +1,9 @@
-"""Files that matter: written beside and renamed, so a kill at any instant leaves the old or the new."""
+"""Checkpoints and weights: files of tensors that are checked when they are read, and that run no code."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -17,38 +16,10 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
+from fastgen.files import write_atomically
 
 CHECKPOINT_FORMAT = 1
 METADATA_KEY = "fastgen"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a whole file or nothing.
-
-    Raises:
-        OSError: the disk is full, or the folder may not be written to; the old file is untouched.
-    """
-    # Two processes may measure the same shared node at once: each writes beside under a name of its own.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON; refuses NaN, which JSON has no word for."""
-    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

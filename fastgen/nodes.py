@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgen.checkpoint import write_json
 from fastgen.errors import UserError
+from fastgen.files import write_json
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastgen.checkpoint import write_atomically, write_json
 from fastgen.config import Recipe
 from fastgen.environment import describe_environment
 from fastgen.errors import UserError
+from fastgen.files import write_atomically, write_json
 from fastgen.meters import Reading
 from fastgen.nodes import Node, locked
 from fastgen.plan import Generation

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastgen import checkpoint
+from fastgen import checkpoint, files
 from fastgen.checkpoint import (
     CHECKPOINT_FORMAT,
     load_checkpoint,
@@ -23,10 +23,9 @@ from fastgen.checkpoint import (
     read_weights,
     save_checkpoint,
     save_weights,
-    write_atomically,
-    write_json,
 )
 from fastgen.errors import MachineError, UserError, as_one_line
+from fastgen.files import write_atomically, write_json
 from fastgen.models import build_model, initialise
 from fastgen.nodes import Node, find_node, locked, open_node, read_json
 
@@ -107,7 +106,7 @@ def break_disk(monkeypatch, fails_at):
             checkpoint, "open", lambda path, mode: BrokenDisk(io.FileIO(path, mode), fails_at), raising=False
         )
     else:
-        monkeypatch.setattr(checkpoint.os, fails_at, fail)
+        monkeypatch.setattr(files.os, fails_at, fail)
 
 
 @pytest.mark.parametrize("fails_at", ["write", "fsync", "replace"])
@@ -161,8 +160,8 @@ def test_writing_is_durable_before_it_is_seen(monkeypatch, tmp_path):
     """The content reaches the disk before the name does, and then the name."""
     calls = []
     sync, rename = os.fsync, os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda file: (calls.append("sync"), sync(file)))
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *paths: (calls.append("rename"), rename(*paths)))
+    monkeypatch.setattr(files.os, "fsync", lambda file: (calls.append("sync"), sync(file)))
+    monkeypatch.setattr(files.os, "replace", lambda *paths: (calls.append("rename"), rename(*paths)))
     write_atomically(tmp_path / "file", b"content")
     assert calls == ["sync", "rename", "sync"]
     assert (tmp_path / "file").read_bytes() == b"content"

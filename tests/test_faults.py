@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgen import checkpoint, trainer
+from fastgen import files, trainer
 from fastgen.errors import MachineError
 from fastgen.train import main
 
@@ -59,7 +59,7 @@ def train_quietly(words: list[str]) -> None:
 
 def train_without_fsync(words: list[str]) -> None:
     """As above, faster: a kill takes nothing from the system's cache, which is all that fsync empties."""
-    checkpoint.os.fsync = lambda descriptor: None
+    files.os.fsync = lambda descriptor: None
     train_quietly(words)
 
 
@@ -72,7 +72,7 @@ def train_and_die(words: list[str], name: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
 
-    setattr(checkpoint.os, name, fatal)
+    setattr(files.os, name, fatal)
     train_quietly(words)
 
 

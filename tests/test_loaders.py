@@ -298,7 +298,7 @@ class TestPhotographs:
             replace(views, order=np.array([-1])),
         ]
         for refused in wrong:
-            with pytest.raises(ValueError, match="position 3|samples"):
+            with pytest.raises(ValueError, match=r"position 3|samples"):
                 list(loader.batches(refused, 4))
         assert ids_of(loader.batches(views, 4)) == views.order.tolist()
 
@@ -339,6 +339,9 @@ class TestPhotographs:
     def test_geometry(self, photo, ramps):
         # On ramps a view that is wrong by one pixel has another mean; on photographs it would hide in the tolerance.
         loader, largest = photo_loader(photo, ramps), 0.0
+        if photo == "ffcv jpeg":
+            # Its fast inverse DCT is off by more than a level in the mean, wherever the crop lies.
+            ramps = replace(ramps, pixels=[self.by_fast_dct(ramps, n) for n in range(9)])
         for epoch in range(3):
             views = photo_views(ramps, epoch, 64)
             found, expected = pixels_of(loader.batches(views, 4)).astype(float), expected_by_pillow(ramps, views)
@@ -347,14 +350,26 @@ class TestPhotographs:
             assert (mirrored > 4 * np.abs(found - expected).mean(axis=(1, 2, 3)) + 4).all(), "a missed flip would pass"
         assert largest < 0.4
 
+    @staticmethod
+    def by_fast_dct(pictures, number):
+        """A stored picture as FFCV's decoder shows it."""
+        simplejpeg = pytest.importorskip("simplejpeg")
+        beton = read_beton(pictures.betons["jpeg"])
+        if beton.modes[number] == RAW:
+            return pictures.pixels[number]
+        return simplejpeg.decode_jpeg(beton.bytes_of(number).tobytes(), "RGB", fastdct=True)
+
     def test_geometry_would_be_noticed(self, ramps):
         views = photo_views(ramps, side=64)
         for column in (0, 1):
+            movable = views.table[:, column] > 0
+            assert movable.sum() > 4
             shifted = views.table.copy()
-            shifted[:, column] -= np.where(shifted[:, column] > 0, 1, -1)
+            shifted[movable, column] -= 1
             other = expected_by_pillow(ramps, replace(views, table=shifted))
-            difference = (other - expected_by_pillow(ramps, views)).mean(axis=(1, 2))
-            assert np.abs(difference).max(axis=1).min() > 0.7
+            difference = np.abs((other - expected_by_pillow(ramps, views)).mean(axis=(1, 2))).max(axis=1)
+            # In grey, red and blue cancel out: that picture tells less.
+            assert difference[movable[views.order] & (views.order != GREY)].min() > 0.7
 
 
 class TestFilesThatChange:
@@ -527,7 +542,7 @@ class TestSmallImages:
             replace(views, order=np.array([21])),
             replace(views, height_px=32, width_px=32),
         ):
-            with pytest.raises(ValueError, match="position|samples"):
+            with pytest.raises(ValueError, match=r"position|samples"):
                 list(loader.batches(refused, 4))
 
     def test_synthetic(self):
@@ -577,12 +592,11 @@ class TestDali:
 
     def test_gpu_decoder_without_gpu(self, pictures):
         settings = DataSettings(dataset="imagenet", backend="dali", dali_decoder="gpu")
-        with pytest.raises(UserError, match="data.dali_decoder=cpu"):
+        with pytest.raises(UserError, match=r"data\.dali_decoder=cpu"):
             DaliLoader(file_split(pictures.manifest), settings, CPU)
 
     def test_failure_without_a_culprit(self, pictures, monkeypatch):
         loader, views = photo_loader("dali", pictures), photo_views(pictures)
-        monkeypatch.setattr("fastgen.data.dali_loader.require_inside", None, raising=False)
         monkeypatch.setattr("fastgen.data.dali_loader.require_views", lambda split, views: None)
         outside = views.table.copy()
         outside[views.order[5], 0] = 5000
@@ -664,6 +678,14 @@ class TestReadPhotographs:
         assert found.class_names == ("0", "1", "2")
         assert found.train.index_hash == read_beton(root / "train.beton").index_hash
 
+    def test_beton_of_other_classes(self, root):
+        for part in ("train", "val"):
+            (root / f"{part}.beton.manifest").unlink()
+        pixels = photograph(0, 40, 50)
+        write_beton(root / "train.beton", [sample(pixels, encode(pixels), JPEG, label) for label in (0, 1, 0)])
+        with pytest.raises(UserError, match="sample 2 has label 2, there are the classes 0 to 1"):
+            read_photographs(settings_for(root, "ffcv"), 2)
+
     @pytest.mark.parametrize(
         ("backend", "missing", "told"),
         [
@@ -691,8 +713,8 @@ class TestReadPhotographs:
         [
             ({"class_names": ("ant", "bee", "dog")}, "different classes .cat is only in the first"),
             ({"class_names": ("ant", "cat", "bee")}, "the same names in another order"),
-            ({"labels": np.array([0, 1, 2, 3, 0])}, "sample 3 has label 3"),
-            ({"labels": np.array([0, -1, 2, 2, 0])}, "sample 1 has label -1"),
+            ({"labels": np.array([0, 1, 2, 3, 0])}, "labels outside|sample 3 has label 3"),
+            ({"labels": np.array([0, -1, 2, 2, 0])}, "labels outside|sample 1 has label -1"),
             ({"folder": Path("/not/there")}, "/not/there, which is gone"),
             ({"stand_in_folder": Path("/not/there")}, "/not/there, which is gone"),
             ({"folder": None}, "names no files"),
@@ -712,7 +734,7 @@ class TestReadPhotographs:
 
     def test_manifest_of_another_beton(self, root):
         os.replace(root / "val.beton.manifest", root / "train.beton.manifest")
-        with pytest.raises(UserError, match="does not belong to the .beton beside it"):
+        with pytest.raises(UserError, match=r"does not belong to the \.beton beside it"):
             read_photographs(settings_for(root, "ffcv"), 3)
 
 
@@ -748,14 +770,11 @@ class TestSmallBetons:
 
     def test_names_from_the_manifest_beside(self, splits, tmp_path, own_pictures):
         self.write(tmp_path, splits)
-        twelve = replace(
-            make_manifest(
-                own_pictures.manifest.folder, ["0.JPEG"] * 12, splits[0].labels, [(32, 32)] * 12, classes="abcdefghij"
-            ),
-        )
+        folder, sizes = own_pictures.manifest.folder, [(32, 32)] * 12
+        twelve = make_manifest(folder, ["0.JPEG"] * 12, splits[0].labels, sizes, classes="abcdefghij")
         write_beside(tmp_path / "train.beton", twelve)
         assert read_small_betons(tmp_path, self.FACTS)[2] == tuple("abcdefghij")
-        write_beside(tmp_path / "train.beton", replace(twelve, class_names=("a", "b")))
+        write_beside(tmp_path / "train.beton", replace(twelve, class_names=tuple("abcdefghijk")))
         with pytest.raises(UserError, match="not of 10 classes"):
             read_small_betons(tmp_path, self.FACTS)
 

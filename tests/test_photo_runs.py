@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -163,3 +165,13 @@ def test_ids_of_beton_and_manifest_are_the_same_pictures(root):
         np.testing.assert_array_equal(one.ids, two.ids)
         assert one.content_hash == two.content_hash
     assert by_file.class_names == packed.class_names
+
+
+def test_the_ffcv_decoder_leaves_torchs_threads_alone():
+    pytest.importorskip("ffcv")
+    code = (
+        "import torch; torch.set_num_threads(2); from fastgen.data.ffcv_loader import make_decoder; "
+        "make_decoder('ffcv'); print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2"

@@ -145,7 +145,7 @@ def export_pipeline(
     Raises:
         UserError: DALI is not installed, or the manifest names no files.
     """
-    from fastgen.checkpoint import write_atomically
+    from fastgen.files import write_atomically
 
     dali = _dali()
     if manifest.folder is None:
@@ -339,7 +339,8 @@ class _Pipeline:
         try:
             while not self._failed and self._share() is not None:
                 self._pipeline.release_outputs()
-        except _Failed:
+        except (_Failed, AttributeError):
+            # AttributeError: the interpreter ends, and DALI has taken its pipelines apart.
             return False
         self._requests.flight.clear()
         if not self._failed:

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastgen.data.beton import JPEG
 from fastgen.data.decoder import Images, UInt8
@@ -45,6 +46,8 @@ class FfcvDecoder:
 
 @cache
 def _compile() -> Callable[..., Any]:
+    # Importing ffcv sets torch's threads to one, for the whole process.
+    threads = torch.get_num_threads()
     try:
         from ffcv.libffcv import ctypes_imdecode, ctypes_resize
     except ImportError as error:
@@ -52,6 +55,8 @@ def _compile() -> Callable[..., Any]:
             f"data.beton_decoder = ffcv: ffcv cannot be imported ({error}): install the headers of OpenCV and "
             "libjpeg-turbo (Debian: libopencv-dev libturbojpeg0-dev pkg-config), then pip install 'fastgen[ffcv]'"
         ) from None
+    finally:
+        torch.set_num_threads(threads)
     from numba import njit
 
     @njit(nogil=True)

@@ -9,6 +9,7 @@ workers in /dev/shm.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import multiprocessing
 import signal
@@ -79,43 +80,23 @@ class FolderLoader:
         if not shares:
             return
         parts = [np.array_split(positions, self._parts(len(positions))) for positions in shares]
-        results = self._start(views, parts)
+        workers = _Workers(_Parts(self._split, views), parts, self._workers, self._ahead)
         try:
             for positions, of_batch in zip(shares, parts, strict=True):
-                images_NHWC = self._collect(results, [len(part) for part in of_batch], _shape(self._split, views))
+                images_NHWC = self._collect(workers, [len(part) for part in of_batch], _shape(self._split, views))
                 yield make_batch(self._split, views, positions, images_NHWC, self._device)
         finally:
-            # This ends the workers, also where an exception's traceback keeps the frame.
-            del results
+            workers.close()
 
     def _parts(self, images: int) -> int:
         return min(self._workers, -(-images // _LEAST_IMAGES))
 
-    def _start(self, views: EpochViews, parts: list[list[Int64]]) -> Iterator[Any]:
-        flat = [part for of_batch in parts for part in of_batch]
-        workers = min(self._workers, len(flat))
-        with _as_before():
-            loader = DataLoader(
-                _Parts(self._split, views),
-                batch_size=None,
-                sampler=flat,
-                collate_fn=_as_it_is,
-                num_workers=workers,
-                prefetch_factor=-(-self._ahead * len(parts[0]) // workers),
-                worker_init_fn=_set_up_worker,
-                # Forks share the index and the views; other ways would pickle them for each worker.
-                multiprocessing_context=multiprocessing.get_context("fork"),
-                # Its own, so that the epoch draws nothing from the generator of everything else.
-                generator=torch.Generator(),
-            )
-            return iter(loader)
-
-    def _collect(self, results: Iterator[Any], sizes: list[int], shape: tuple[int, int, int]) -> Tensor:
+    def _collect(self, workers: _Workers, sizes: list[int], shape: tuple[int, int, int]) -> Tensor:
         pinned = self._device.type == "cuda"
         images_NHWC = torch.empty((sum(sizes), *shape), dtype=torch.uint8, pin_memory=pinned)
         # Copied out of the shared memory: every part that is kept would otherwise hold a file descriptor.
         for target in images_NHWC.split(sizes):
-            target.copy_(_next(results))
+            target.copy_(workers.next())
         return images_NHWC
 
 
@@ -271,38 +252,84 @@ def _shape(split: AnySplit, views: EpochViews) -> tuple[int, int, int]:
     return views.height_px, views.width_px, channels
 
 
-@contextmanager
-def _as_before() -> Iterator[None]:
-    """Keeps torch from changing how the process handles signals, and from warnings that nobody can act on.
+class _Workers:
+    """Processes that make parts of batches, a few ahead, in order.
 
-    torch raises from the handler of SIGCHLD when a worker dies, in the middle of whatever the main thread does; that
-    it waits in vain for the worker's part is found out without it, within five seconds, where we are prepared for it.
+    Args:
+        work: positions of a part -> its images.
+        parts: positions of the parts of each batch.
+        processes: most of them.
+        ahead: batches that are made before they are asked for.
     """
+
+    def __init__(self, work: _Parts, parts: list[list[Int64]], processes: int, ahead: int) -> None:
+        flat = [part for of_batch in parts for part in of_batch]
+        processes = min(processes, len(flat))
+        with _fit_for_forks():
+            loader = DataLoader(
+                work,
+                batch_size=None,
+                sampler=flat,
+                collate_fn=_as_it_is,
+                num_workers=processes,
+                prefetch_factor=-(-ahead * len(parts[0]) // processes),
+                worker_init_fn=_set_up_worker,
+                # Forks share the index and the views; other ways would pickle them for each worker.
+                multiprocessing_context=multiprocessing.get_context("fork"),
+                # Its own, so that the epoch draws nothing from the generator of everything else.
+                generator=torch.Generator(),
+            )
+            self._results: Iterator[Any] | None = iter(loader)
+
+    def next(self) -> Tensor:
+        """The images of the next part.
+
+        Raises:
+            UserError: a file has changed.
+            MachineError: a process was killed.
+        """
+        assert self._results is not None
+        killed = None
+        try:
+            result = next(self._results)
+        except RuntimeError as error:
+            killed = (str(error).splitlines() or [""])[0]
+            if "DataLoader worker (pid" not in killed:
+                raise
+        # Raised out here, where no context of the exception keeps torch's iterator and its processes alive.
+        if killed is not None:
+            raise MachineError(
+                f"a process that decodes was killed ({killed}), most often for want of memory: "
+                "lower data.workers, data.batches_ahead or train.batch_size, or enlarge /dev/shm"
+            )
+        if isinstance(result, FastgenError):
+            raise result
+        assert isinstance(result, Tensor)
+        return result
+
+    def close(self) -> None:
+        """Ends the processes: torch does when its iterator is freed, and nobody else holds it."""
+        self._results = None
+
+
+@contextmanager
+def _fit_for_forks() -> Iterator[None]:
+    """Lets workers begin with what they need alone, and the process go on as it was."""
     before = signal.getsignal(signal.SIGCHLD)
-    with warnings.catch_warnings():
-        # Of more workers than cores, which is the user's choice, and of forks while other threads live: ours neither
-        # use torch's threads nor take their locks.
-        warnings.simplefilter("ignore")
-        yield
+    # What is garbage here shall not be collected in a worker: to end another loader's pipeline there would wait for
+    # threads that the fork has not.
+    gc.freeze()
+    try:
+        with warnings.catch_warnings():
+            # Of more workers than cores, which is the user's choice, and of forks beside threads: see above.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        gc.unfreeze()
+    # torch would raise when a worker dies, in the middle of whatever the main thread does; that it waits in vain for
+    # the worker's part is found out all the same, within five seconds, where we are prepared for it.
     if threading.current_thread() is threading.main_thread() and before is not None:
         signal.signal(signal.SIGCHLD, before)
-
-
-def _next(results: Iterator[Any]) -> Tensor:
-    try:
-        result = next(results)
-    except RuntimeError as error:
-        reason = (str(error).splitlines() or [""])[0]
-        if "DataLoader worker (pid" not in reason:
-            raise
-        raise MachineError(
-            f"a process that decodes was killed ({reason}), most often for want of memory: "
-            "lower data.workers, data.batches_ahead or train.batch_size, or enlarge /dev/shm"
-        ) from None
-    if isinstance(result, FastgenError):
-        raise result
-    assert isinstance(result, Tensor)
-    return result
 
 
 def _set_up_worker(worker: int) -> None:

@@ -108,10 +108,13 @@ class Manifest:
 
     @property
     def data_hash(self) -> str:
-        """SHA-256 of what is learned: files' digests, sizes as read, labels, in order. Names do not count."""
+        """SHA-256 of what is learned: files' digests, sizes as read, turning, labels, in order. Names do not count."""
         digest = hashlib.sha256(b"photographs")
         for column, kind in ((self.digests, "u1"), (self.sizes, "<i4"), (self.labels, "<i8")):
             digest.update(np.ascontiguousarray(column, dtype=kind).data)
+        if self.header.get("options", {}).get("exif") == "apply":
+            # A turn by half leaves the size as it was.
+            digest.update(b"turned as EXIF says")
         return digest.hexdigest()
 
 

@@ -1,0 +1,37 @@
+"""Files that matter: written beside and renamed, so a kill at any instant leaves the old or the new. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a whole file or nothing.
+
+    Raises:
+        OSError: the disk is full, or the folder may not be written to; the old file is untouched.
+    """
+    # Two processes may measure the same shared node at once: each writes beside under a name of its own.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON; refuses NaN, which JSON has no word for."""
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
