@@ -11,8 +11,10 @@ import pytest
 import torch
 from pictures import write_folder
 
-from benchmarks import common, loaders, loaders_stock
-from benchmarks.loaders import CANDIDATES, Bench, Case, Measured, Memory
+from benchmarks import common, loaders, loaders_data, loaders_report, loaders_stock
+from benchmarks.loaders import CANDIDATES
+from benchmarks.loaders_cases import FILES, JPEG, RAW, Bench, Case, Measured, Memory
+from benchmarks.loaders_data import prepare
 from fastgen.data.beton import read_beton
 from fastgen.data.manifest import read_manifest
 from fastgen.errors import MachineError, UserError, command
@@ -47,7 +49,7 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bench(photographs, work):
     """The dozen photographs as 48 samples, in all forms."""
-    return loaders.prepare(photographs, work, 44, 16, 32, {loaders.FILES, loaders.JPEG, loaders.RAW})
+    return prepare(photographs, work, 44, 16, 32, {FILES, JPEG, RAW})
 
 
 def _run(photographs, work, results, *words):
@@ -61,7 +63,7 @@ def test_samples_are_the_photographs_in_turn(bench, photographs, work):
     assert bench.distinct == 12
     assert [bench.manifest.file(n) for n in range(48)] == [once.file(n) for n in rows]
     assert all(bench.manifest.file(n).is_relative_to(photographs) for n in range(48))
-    jpeg, raw = (read_beton(bench.betons[form]) for form in (loaders.JPEG, loaders.RAW))
+    jpeg, raw = (read_beton(bench.betons[form]) for form in (JPEG, RAW))
     for beton in (jpeg, raw):
         np.testing.assert_array_equal(beton.labels, once.labels[rows])
         np.testing.assert_array_equal(beton.sizes, once.sizes[rows])
@@ -74,16 +76,16 @@ def test_raw_has_a_short_side_of_256_px(tmp_path, capsys):
 
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "wide.jpg").write_bytes(encode(photograph(0, 300, 600)))
-    bench = loaders.prepare(tmp_path / "in", tmp_path, 1, 1, 32, {loaders.RAW})
-    assert read_beton(bench.betons[loaders.RAW]).stored_sizes.tolist() == [[256, 512]]
+    bench = prepare(tmp_path / "in", tmp_path, 1, 1, 32, {RAW})
+    assert read_beton(bench.betons[RAW]).stored_sizes.tolist() == [[256, 512]]
     # The sample, and the photograph that it was copied from.
     assert f"1 samples take about {2 * 3 * 256 * 512 / 1e9:.2f} GB" in capsys.readouterr().out
 
 
 def test_too_little_room_is_told_before_anything_is_made(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(loaders.shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
+    monkeypatch.setattr(loaders_data.shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
     with pytest.raises(MachineError, match="too little room"):
-        loaders.prepare(photographs, tmp_path, 44, 16, 32, {loaders.RAW})
+        prepare(photographs, tmp_path, 44, 16, 32, {RAW})
     assert not list(tmp_path.iterdir())
 
 
@@ -163,7 +165,7 @@ def test_ratios_are_paired_within_a_round(bench):
     )
     cases = [_case(key.split()[0]) for key in measured.wall.seconds_per_step]
     memory = {cases[0].key: Memory(300.4, 100.0, None)}
-    rows = {row["candidate"]: row for row in loaders.result_rows(cases, measured, memory, bench, {"cpu": "x"})}
+    rows = {row["candidate"]: row for row in loaders_report.result_rows(cases, measured, memory, bench, {"cpu": "x"})}
     native, dali = rows["fastgen-ffcv-native/jpeg"], rows["fastgen-dali/files"]
     for kind in ("speed", "images_per_cpu_second"):
         for part in ("median", "q25", "q75"):
@@ -182,7 +184,7 @@ def test_ratios_are_paired_within_a_round(bench):
     assert (native["peak_memory_mb"], dali["peak_memory_mb"]) == (300, None)
     assert len({tuple(row) for row in rows.values()}) == 1
 
-    lines = loaders.floor_lines(cases, measured)
+    lines = loaders_report.floor_lines(cases, measured)
     assert [(line.split()[0], line.split()[1], line.split()[-1]) for line in lines] == [
         ("floor", "0.97,", "met"), ("goal", "1.50,", "met"), ("floor", "0.97,", "MISSED"),
     ]  # fmt: skip
@@ -190,7 +192,7 @@ def test_ratios_are_paired_within_a_round(bench):
 
 def test_ratios_are_of_the_same_number_of_workers():
     two = _case("fastgen-ffcv-decoder/raw256", 2)
-    assert loaders.bases(two) == {
+    assert loaders_report.bases(two) == {
         "stock": "stock-ffcv/raw256 workers=2",
         "stock_no_flip": "stock-ffcv-no-flip/raw256 workers=2",
         "folder": "folder/files workers=2",
@@ -221,14 +223,14 @@ def test_a_dead_thread_of_ffcv_is_an_error(monkeypatch):
 def test_stock_ffcv_can_be_left_early_and_says_when_it_has_too_few_threads(bench):
     threads = torch.get_num_threads()
     with loaders_stock.torch_threads_kept():
-        epochs = loaders_stock.stock_ffcv(bench.betons[loaders.RAW], 16, 32, 1, flip=False)
+        epochs = loaders_stock.stock_ffcv(bench.betons[RAW], 16, 32, 1, flip=False)
     batches = epochs(0)
     next(batches)
     batches.close()
     loaders.consume(epochs(1), bench)
     assert torch.get_num_threads() == threads
     with loaders_stock.torch_threads_kept(), pytest.raises(UserError, match="number of threads"):
-        loaders_stock.stock_ffcv(bench.betons[loaders.RAW], 16, 32, 10_000, flip=False)
+        loaders_stock.stock_ffcv(bench.betons[RAW], 16, 32, 10_000, flip=False)
 
 
 @pytest.mark.parametrize(

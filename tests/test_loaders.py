@@ -385,6 +385,8 @@ class TestFilesThatChange:
             "truncated": content[: len(content) // 2],
             "smaller": smaller,
             "smaller_of_the_same_length": smaller.ljust(len(content), b"\0"),
+            # Large enough for every view: only the number of bytes tells.
+            "another_picture": encode(photograph(99, 200, 200)),
             "header_alone": content[:30].ljust(len(content), b"\0"),
         }
         if how == "missing":
@@ -401,7 +403,7 @@ class TestFilesThatChange:
         "how",
         [
             "missing", "a_folder", "empty", "text", "text_of_the_same_length", "truncated", "smaller",
-            "smaller_of_the_same_length", "header_alone",
+            "smaller_of_the_same_length", "header_alone", "another_picture",
         ],
     )  # fmt: skip
     def test_is_named_and_the_loader_lives_on(self, name, how, own_pictures):
@@ -575,7 +577,9 @@ class TestDali:
         assert np.array_equal(images.as_array(), expected)
         own = ids != STAND_IN
         assert np.array_equal(file_bytes.as_array().ravel()[own], pictures.manifest.file_bytes[own])
-        export_pipeline(pictures.manifest, path, batch_size=13)
+        if not torch.cuda.is_available():
+            with pytest.raises(UserError, match="give decoder=cpu"):
+                export_pipeline(pictures.manifest, path, decoder="gpu")
         with pytest.raises(UserError, match="there is no pipeline"):
             export_pipeline(replace(pictures.manifest, folder=None), path)
 
