@@ -177,9 +177,9 @@ def _train(words: Sequence[str], stop_after_steps: int | None = None) -> bool:
     """
     step, taken = trainer.take_step, 0
 
-    def stopping(training: Training, forward: Forward, batch: Batch, lr: float) -> None:
+    def stopping(training: Training, forward: Forward, batch: Batch, lr: float, accumulate_steps: int = 1) -> None:
         nonlocal taken
-        step(training, forward, batch, lr)
+        step(training, forward, batch, lr, accumulate_steps)
         taken += 1
         if taken == stop_after_steps:
             signal.raise_signal(signal.SIGTERM)
