@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,7 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
         _resume(training, node)
         _announce(bench, generation, node, schedule, training)
 
-        for epoch in range(training.step // schedule.steps_per_epoch, train.epochs):
-            with training.stopwatch.phase("views"):
-                side_px = resolution_px(bench.recipe.data, train.epochs, epoch)
-                views = dataset.training_views(generation.data_seed, generation.index, epoch, side_px)
+        for epoch, views in _epochs(bench, generation, training, schedule):
             first_batch = training.step % schedule.steps_per_epoch
             with training.stopwatch.phase("train"):
                 for batch in bench.train_loader.batches(views, train.batch_size, first_batch):
@@ -109,6 +107,27 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
             if epoch + 1 < train.epochs:
                 _pause(bench, training, views, node)
         _finish(bench, generation, training, node)
+
+
+def _epochs(
+    bench: Workbench, generation: Generation, training: Training, schedule: Schedule
+) -> Iterator[tuple[int, EpochViews]]:
+    """The epochs that are left, each with its views; those of the next one are computed meanwhile."""
+    epochs, dataset = bench.recipe.train.epochs, bench.dataset
+
+    def views_of(epoch: int) -> EpochViews:
+        side_px = resolution_px(bench.recipe.data, epochs, epoch)
+        return dataset.training_views(generation.data_seed, generation.index, epoch, side_px)
+
+    first = training.step // schedule.steps_per_epoch
+    with ThreadPoolExecutor(1, "fastgen-views") as pool:
+        coming = pool.submit(views_of, first)
+        for epoch in range(first, epochs):
+            with training.stopwatch.phase("views"):
+                views = coming.result()
+            if epoch + 1 < epochs:
+                coming = pool.submit(views_of, epoch + 1)
+            yield epoch, views
 
 
 def take_step(training: Training, forward: Forward, batch: Batch, lr: float, accumulate_steps: int = 1) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastgen import checkpoint, files
+from fastgen import files
 from fastgen.checkpoint import (
     CHECKPOINT_FORMAT,
     load_checkpoint,
@@ -103,7 +103,7 @@ def break_disk(monkeypatch, fails_at):
 
     if fails_at == "write":
         monkeypatch.setattr(
-            checkpoint, "open", lambda path, mode: BrokenDisk(io.FileIO(path, mode), fails_at), raising=False
+            files, "open", lambda path, mode: BrokenDisk(io.FileIO(path, mode), fails_at), raising=False
         )
     else:
         monkeypatch.setattr(files.os, fails_at, fail)
@@ -140,7 +140,7 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_file(saved, state):
     """The process ends by SIGKILL when half of the new content is written."""
     program = f"""
 import builtins, os, signal
-from fastgen import checkpoint
+from fastgen import checkpoint, files
 class Half:
     def __init__(self, file): self.file = file
     def __enter__(self): return self
@@ -148,7 +148,7 @@ class Half:
     def write(self, content):
         self.file.write(content[: len(content) // 2]); self.file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.open = lambda path, mode: Half(builtins.open(path, mode))
+files.open = lambda path, mode: Half(builtins.open(path, mode))
 checkpoint.save_checkpoint(checkpoint.Path({str(saved)!r}), {{"step": 4}})
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True)
