@@ -106,6 +106,8 @@ def main(words: Sequence[str]) -> None:
     arguments = _read_arguments(words)
     if arguments.out is None:
         raise UserError("--out is missing: name the file to write, such as DIR/train.beton")
+    if arguments.out.is_dir():
+        raise UserError(f"--out={arguments.out}: is a folder: name a file in it, such as train.beton")
     places = Places(arguments.out)
     source = open_source(request_of(arguments))
     check_count(len(source), arguments.expect)

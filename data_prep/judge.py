@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +178,11 @@ def make_manifest(
         "ignored": list(source.ignored),
         "notes": [[source.names[position], note] for position, row in named for note in row.notes],
         "counts": np.bincount(labels, minlength=len(source.class_names)).tolist(),
-        "data_hash": manifest.data_hash,
         "versions": versions(),
         **header,
     }
-    return Manifest(**{**vars(manifest), "header": full_header})
+    told = replace(manifest, header=full_header)
+    return replace(told, header={**full_header, "data_hash": told.data_hash})
 
 
 def _check_classes(source: Source, labels: np.typing.NDArray[np.int64]) -> None:

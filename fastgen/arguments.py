@@ -21,7 +21,10 @@ class Arguments(argparse.ArgumentParser):
 
 def at_least_one(text: str) -> int:
     """Type of arguments that count something."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is below 1")
     return value

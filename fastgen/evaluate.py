@@ -33,6 +33,7 @@ from fastgen.views import EpochViews
 
 CALIBRATION_BINS = 15
 EVALUATION_BATCH = 500
+ENSEMBLE_SLICE = 2048
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def measure(
         keep: False: no probabilities are kept, which for a training set of ILSVRC2012 would be 5 GB.
 
     Returns:
-        the measurement, and the probabilities (N, C), fp32, on the device, in the views' order ((0, C) if not kept).
+        the measurement, and the probabilities (N, C), fp32, on the device, in the views' order (empty if not kept).
 
     Raises:
         Stopped: a signal came.
@@ -162,9 +163,10 @@ def measure(
         logits_BC = model(normalise(batch.images_NCHW)).float()
         log_p_BC = logits_BC.log_softmax(1)
         tally.add(logits_BC, log_p_BC, batch.labels)
-        probabilities.append(log_p_BC.exp() if keep else log_p_BC[:0])
+        if keep:
+            probabilities.append(log_p_BC.exp())
     model.train(was_training)
-    return tally.read(), torch.cat(probabilities)
+    return tally.read(), torch.cat(probabilities) if keep else torch.empty(0, device=device)
 
 
 def measure_ensemble(probabilities: Sequence[Tensor], labels: Tensor, k: int) -> Measurement:
@@ -175,10 +177,13 @@ def measure_ensemble(probabilities: Sequence[Tensor], labels: Tensor, k: int) ->
         labels: int64 (N,).
         k: K of the top-K share.
     """
-    mean_NC = torch.stack([p.double() for p in probabilities]).mean(0)
-    tally = Tally(k, mean_NC.device)
-    # A class that no member gives any mass has log-probability -inf; the smallest double stands for it.
-    tally.add(mean_NC, mean_NC.clamp_min(torch.finfo(torch.float64).tiny).log(), labels)
+    tally = Tally(k, labels.device)
+    # In slices: 50,000 x 1,000 doubles of every member at once would be gigabytes.
+    for begin in range(0, len(labels), ENSEMBLE_SLICE):
+        part = slice(begin, begin + ENSEMBLE_SLICE)
+        mean_BC = torch.stack([p[part].double() for p in probabilities]).mean(0)
+        # A class that no member gives any mass has log-probability -inf; the smallest double stands for it.
+        tally.add(mean_BC, mean_BC.clamp_min(torch.finfo(torch.float64).tiny).log(), labels[part])
     return tally.read()
 
 

@@ -139,6 +139,7 @@ def init_seed_of(run_init_seed: int, generation: int) -> int:
 
 def _data_identity(recipe: Recipe, data_hash: str, pixels: str) -> dict[str, Any]:
     data = recipe.data
+    augmented = data.augment == "standard"
     identity = {
         "hash": data_hash,
         "dataset": data.dataset,
@@ -147,15 +148,26 @@ def _data_identity(recipe: Recipe, data_hash: str, pixels: str) -> dict[str, Any
         "train_limit": data.train_limit,
         "holdout": data.holdout,
         "pixels": "random" if data.backend == "synthetic" else pixels,
-        "rotation_degrees": data.rotation_degrees,
-        "pixel_shift": data.pixel_shift,
+        "rotation_degrees": data.rotation_degrees if augmented else 0.0,
+        "pixel_shift": data.pixel_shift if augmented else 0.0,
     }
     if DATASETS[data.dataset].height_px:
         return identity
-    sides = {"resolution_px": data.resolution_px, "start_resolution_px": data.start_resolution_px}
-    ramp = data.resolution_ramp if data.start_resolution_px else None
-    crops = {"crop_area": data.crop_area, "crop_aspect": data.crop_aspect}
-    return identity | sides | {"resolution_ramp": ramp} | crops
+    grows = data.start_resolution_px not in (None, data.resolution_px)
+    return identity | {
+        "resolution_px": data.resolution_px,
+        "start_resolution_px": data.start_resolution_px if grows else None,
+        "resolution_ramp": data.resolution_ramp if grows else None,
+        "crop_area": data.crop_area if augmented else None,
+        "crop_aspect": data.crop_aspect if augmented else None,
+    }
+
+
+def _train_identity(train: dict[str, Any]) -> dict[str, Any]:
+    """What has no say is left out, so that it makes no other node."""
+    if train["lr_schedule"] == "steps":
+        return train
+    return {name: value for name, value in train.items() if name not in ("lr_milestones", "lr_factor")}
 
 
 def _generation(
@@ -174,7 +186,7 @@ def _generation(
         "teacher": teacher_id,
         "init_seed": init_seed,
         "model": settings["model"],
-        "train": settings["train"],
+        "train": _train_identity(settings["train"]),
         "data": data,
     }
     return Generation(

@@ -17,7 +17,7 @@ from fastgen.plan import Generation
 from fastgen.trainer import Workbench
 
 # Raised whenever the same network starts to be measured otherwise.
-MEASUREMENT_FORMAT = 2
+MEASUREMENT_FORMAT = 3
 
 
 class Results:
@@ -97,7 +97,8 @@ def _measure_node(bench: Workbench, node: Node) -> tuple[dict[str, Any], Tensor]
     if known is None:
         known = {"evaluation": asdict(evaluation), "train": asdict(train), "seconds": stopwatch.seconds()["evaluate"]}
         node.keep(name, known)
-    return known, probabilities
+    # The training set's figures may be known from before; the evaluation's are those of right now.
+    return {**known, "evaluation": asdict(evaluation)}, probabilities
 
 
 def _measurement_name(bench: Workbench) -> str:

@@ -35,8 +35,8 @@ class Schedule:
     def lr(self, step: int) -> float:
         """Learning rate of the given step, counted from 0 over the whole training.
 
-        The first step of a warm-up of W steps has 1/W of the peak, the last one all of it; cosine and triangle
-        would reach 0 one step after the last.
+        The first step of a warm-up of W steps has 1/W of the peak, the last one all of it, as has the first step after
+        it; cosine and triangle would reach 0 one step after the last.
         """
         if step < self.warmup_steps:
             return self.lr_peak * (step + 1) / self.warmup_steps

@@ -23,6 +23,9 @@ class Forward(Protocol):
         ...
 
 
+# torch's own; eight shapes are few for a resolution that grows.
+DEFAULT_RECOMPILE_LIMIT = 8
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,6 +37,7 @@ def make_forward(
     train: TrainSettings,
     device: torch.device,
     jitter: JitterPolicy = NO_JITTER,
+    shapes: int = 2,
 ) -> Forward:
     """The part of a step that autograd sees, from stored pixels to the loss.
 
@@ -47,6 +51,7 @@ def make_forward(
         train: names precision and engine.
         device: where all of it lives.
         jitter: what rows of jitter ask for; teacher and student see the jittered image.
+        shapes: how many shapes of batches will come; engine compile compiles one of each.
     """
     rotate = jitter.rotation_degrees > 0
     dtype = DTYPES[train.precision]
@@ -65,6 +70,7 @@ def make_forward(
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         # Past its limit of compilations torch would go on in eager mode and only log it.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._dynamo.config.recompile_limit = max(DEFAULT_RECOMPILE_LIMIT, shapes)
         # Two batch sizes at most, the full and the last one, times the resolutions: static shapes make faster code.
         return torch.compile(forward, dynamic=False)
     return forward

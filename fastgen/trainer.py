@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 
 from fastgen.augment import Normaliser
 from fastgen.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from fastgen.config import Recipe, TrainSettings
+from fastgen.config import PHOTO_MODELS, Recipe, TrainSettings
 from fastgen.data.batch import Batch, Loader
 from fastgen.data.split import Dataset
 from fastgen.environment import describe_environment
@@ -34,6 +34,9 @@ from fastgen.step import DTYPES, Forward, make_forward, make_scaler
 from fastgen.stop import StopRequest
 from fastgen.teacher import Teacher, make_teacher
 from fastgen.views import EpochViews, ShiftCrop
+
+# torchvision's ResNets halve the plane five times.
+PHOTO_STRIDE_PX = 32
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
         training = _start(bench, generation)
         with training.stopwatch.phase("warm_up"):
             teacher = _load_teacher(bench, teacher_weights)
-            forward = _make_forward(bench, training, generation, teacher)
-            _warm_up(bench, training, forward, schedule)
+            shapes = _shapes(bench, schedule)
+            forward = _make_forward(bench, training, generation, teacher, len(shapes))
+            _warm_up(bench, training, forward, shapes)
         _resume(training, node)
         _announce(bench, generation, node, schedule, training)
 
@@ -183,23 +187,23 @@ def _load_teacher(bench: Workbench, weights: Path | None) -> Teacher | None:
     return make_teacher(model, bench.device, DTYPES[bench.recipe.train.precision])
 
 
-def _make_forward(bench: Workbench, training: Training, generation: Generation, teacher: Teacher | None) -> Forward:
+def _make_forward(
+    bench: Workbench, training: Training, generation: Generation, teacher: Teacher | None, shapes: int
+) -> Forward:
     facts, train = bench.dataset.facts, bench.recipe.train
     if train.engine == "compile":
         # The code of the generation before is of no more use, and counts towards torch's limit of compilations.
         torch.compiler.reset()
     normalise = Normaliser(facts.mean, facts.std, bench.device, DTYPES[train.precision])
     loss, jitter = make_loss(generation.objective), bench.dataset.crop.jitter
-    return make_forward(training.model, loss, teacher, normalise, train, bench.device, jitter)
+    return make_forward(training.model, loss, teacher, normalise, train, bench.device, jitter, shapes)
 
 
-def _warm_up(bench: Workbench, training: Training, forward: Forward, schedule: Schedule) -> None:
+def _warm_up(bench: Workbench, training: Training, forward: Forward, shapes: Sequence[tuple[int, int, int]]) -> None:
     """Compiles, and lets libraries choose their algorithms, on blank images; changes no state."""
     before = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
     jitter_4 = torch.zeros(4, device=bench.device) if bench.dataset.crop.jitter.active else None
-    for count, (height_px, width_px) in itertools.product(
-        _part_sizes(bench, schedule), _view_sizes(bench.recipe, bench.dataset)
-    ):
+    for count, height_px, width_px in shapes:
         shape = (count, bench.dataset.facts.channels, height_px, width_px)
         blank = torch.zeros(shape, dtype=torch.uint8, device=bench.device)
         labels = torch.zeros(count, dtype=torch.int64, device=bench.device)
@@ -209,6 +213,22 @@ def _warm_up(bench: Workbench, training: Training, forward: Forward, schedule: S
     training.optimizer.zero_grad()
     for name, buffer in training.model.named_buffers():
         buffer.copy_(before[name])
+
+
+def _shapes(bench: Workbench, schedule: Schedule) -> list[tuple[int, int, int]]:
+    """(images, height, width) of everything that will pass through the network.
+
+    Raises:
+        UserError: a single image would meet a batch-norm over a single pixel, which has no variance.
+    """
+    counts, sides = _part_sizes(bench, schedule), _view_sizes(bench.recipe, bench.dataset)
+    smallest = min(min(side) for side in sides)
+    if min(counts) == 1 and bench.recipe.model.name in PHOTO_MODELS and smallest <= PHOTO_STRIDE_PX:
+        raise UserError(
+            f"a part of a batch would hold one image of {smallest} pixels, of which {bench.recipe.model.name} leaves "
+            "a single one, too few for batch-norm: change train.batch_size or train.accumulate_steps"
+        )
+    return [(count, height_px, width_px) for count in counts for height_px, width_px in sides]
 
 
 def _part_sizes(bench: Workbench, schedule: Schedule) -> list[int]:

@@ -317,3 +317,12 @@ def test_the_first_step_may_overflow_in_fp16():
     for parameter, start in zip(model.parameters(), before, strict=True):
         gradient = 0.5 + 1e-4 * start
         torch.testing.assert_close(parameter.detach(), start - 0.1 * 1.9 * gradient)
+
+
+def test_as_many_compilations_are_allowed_as_shapes_will_come(monkeypatch):
+    """torch's own limit of eight is fewer than a growing resolution has shapes."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    normalise = Normaliser((0.5,) * 3, (0.5,) * 3, CPU, torch.float32)
+    train = TrainSettings(epochs=1, engine="compile")
+    make_forward(torch.nn.Identity(), lambda z, y, v: z.sum(), None, normalise, train, CPU, shapes=11)
+    assert torch._dynamo.config.recompile_limit == 11

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,17 @@ from pictures import write_folder
 
 from data_prep import beton, manifest
 from fastgen.config import DataSettings
+from fastgen.data.beton import (
+    ALLOCATION,
+    FIELD,
+    HEADER,
+    IMAGE,
+    IMAGE_FIELD,
+    INT_FIELD,
+    MIN_PAGE_BYTES,
+    RAW,
+    VERSION,
+)  # fmt: skip
 from fastgen.data.photographs import read_photographs
 from fastgen.errors import Stopped, UserError
 from fastgen.record import Recorder
@@ -30,6 +42,7 @@ train: {epochs: 2, batch_size: 8, accumulate_steps: 2, lr: 0.01, lr_schedule: tr
 gen: {generations: 1, k: 3}
 run: {device: cpu, log_every_steps: 2}
 """
+ONE_EPOCH = ("--train.lr_schedule=steps", "--train.warmup_epochs=0")
 BACKENDS = {
     "folder": "folder",
     "dali": "dali",
@@ -163,7 +176,6 @@ def test_ids_of_beton_and_manifest_are_the_same_pictures(root):
         np.testing.assert_array_equal(one.labels, two.labels)
         np.testing.assert_array_equal(one.sizes, two.sizes)
         np.testing.assert_array_equal(one.ids, two.ids)
-        assert one.content_hash == two.content_hash
     assert by_file.class_names == packed.class_names
 
 
@@ -175,3 +187,102 @@ def test_the_ffcv_decoder_leaves_torchs_threads_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "2"
+
+
+def raw_beton(path, images_NHWC, labels):
+    """A .beton as FFCV's own writer makes it: image and label, nothing that tells of the pixels."""
+    fields = np.zeros(2, FIELD)
+    for number, (name, kind) in enumerate((("image", IMAGE_FIELD), ("label", INT_FIELD))):
+        fields[number]["type_id"], fields[number]["name"][: len(name)] = kind, np.frombuffer(name.encode(), np.uint8)
+    rows = np.zeros(len(labels), np.dtype([("", IMAGE), ("", "<i8")], align=True))
+    table = np.zeros(len(labels), ALLOCATION)
+    size, at = images_NHWC[0].nbytes, MIN_PAGE_BYTES
+    for n, label in enumerate(labels):
+        rows[n] = ((RAW, images_NHWC.shape[2], images_NHWC.shape[1], at + n * size), label)
+        table[n] = (n, at + n * size, size)
+    header = np.zeros(1, HEADER)
+    header[0] = (VERSION, 2, MIN_PAGE_BYTES, len(labels), at + len(labels) * size)
+    start = header.tobytes() + fields.tobytes() + rows.tobytes()
+    path.write_bytes(start.ljust(at, b"\0") + images_NHWC.tobytes() + table.tobytes())
+
+
+def test_stock_betons_of_other_pixels_are_other_data(tmp_path):
+    """Their index is the same byte for byte: without the content, one would be taken for the other."""
+    settings, hashes = DataSettings(dataset="imagenet", backend="ffcv", root=str(tmp_path)), []
+    labels, random = [0, 1, 0, 1], np.random.default_rng(0)
+    for _ in range(2):
+        for part in ("train", "val"):
+            raw_beton(tmp_path / f"{part}.beton", random.integers(0, 256, (4, 8, 8, 3), np.uint8), labels)
+        found = read_photographs(settings, 2)
+        hashes += [found.train.content_hash, found.test.content_hash]
+        # Read once: the second time the mark beside it is taken.
+        assert read_photographs(settings, 2).train.content_hash == found.train.content_hash
+    assert len(set(hashes)) == 4
+    (tmp_path / "train.beton.sha256.json").write_text("{")
+    assert read_photographs(settings, 2).train.content_hash == hashes[2]
+
+
+def test_the_same_pictures_among_more_classes_are_another_task(root, tmp_path):
+    """A network with more outputs must not be looked for in the node of one with fewer."""
+    few = write_folder(tmp_path / "few", classes=2, per_class=2)
+    many = write_folder(tmp_path / "many", classes=3, per_class=2)
+    hashes = set()
+    for name, classes in (("few", few), ("many", many)):
+        manifest.main([f"--source={classes}", f"--out={tmp_path / name}.manifest", "--workers=1"])
+        for part in ("train", "val"):
+            out = tmp_path / f"of_{name}" / f"{part}.manifest"
+            out.parent.mkdir(exist_ok=True)
+            origin = f"--classes-from={tmp_path / name}.manifest"
+            manifest.main([f"--source={few}", f"--out={out}", origin, "--workers=1"])
+        settings = DataSettings(dataset="imagenet", backend="folder", root=str(tmp_path / f"of_{name}"))
+        hashes.add(read_photographs(settings, 2).train.content_hash)
+    assert len(hashes) == 2
+
+
+def test_a_rebuilt_validation_set_is_measured_anew(recipe, root, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in root.glob("*.beton*"):
+        shutil.copy(path, copy)
+    words = words_of(recipe, copy, "ffcv native", tmp_path, "--gen.generations=0", "--train.epochs=1", *ONE_EPOCH)
+
+    def nll():
+        main(words)
+        return json.loads((tmp_path / "run" / "results.json").read_text())["generations"][0]["nll"]
+
+    first = nll()
+    assert nll() == first
+    source, out = root / "val", copy / "val.beton"
+    beton.main([f"--source={source}", f"--out={out}", "--redo", "--mode=raw", "--longest-px=10", "--workers=1"])
+    assert nll() != first
+
+
+def test_one_image_of_one_pixel_is_refused_before_training(recipe, root, tmp_path):
+    words = words_of(recipe, root, "folder", tmp_path, "--train.accumulate_steps=8")
+    with pytest.raises(UserError, match=r"one image of 32 pixels.*train\.batch_size"):
+        main(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data.start_resolution_px=64",),
+        ("--data.start_resolution_px=64", "--data.resolution_ramp=[0.1, 0.2]"),
+        ("--train.lr_milestones=[0.1]", "--train.lr_factor=0.3"),
+    ],
+)
+def test_what_has_no_say_makes_no_other_node(recipe, root, capsys, tmp_path, words):
+    def plan(*more):
+        main(words_of(recipe, root, "folder", tmp_path, "--run.dry=true", *more))
+        return capsys.readouterr().out
+
+    base = () if "milestones" in words[0] else ("--data.start_resolution_px=null",)
+    assert plan(*words) == plan(*base)
+
+
+def test_without_augmentation_its_settings_have_no_say(recipe, root, capsys, tmp_path):
+    def plan(*more):
+        main(words_of(recipe, root, "folder", tmp_path, "--run.dry=true", "--data.augment=none", *more))
+        return capsys.readouterr().out
+
+    assert plan() == plan("--data.rotation_degrees=3", "--data.pixel_shift=9", "--data.crop_area=[0.5, 1.0]")

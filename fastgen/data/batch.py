@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
-from fastgen.views import WHOLE, EpochViews, Share
+from fastgen.views import WHOLE, EpochViews, Int64, Share
+
+if TYPE_CHECKING:
+    from fastgen.data.split import AnySplit
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,34 @@ class Loader(Protocol):
             ValueError: the views are not of these samples, or lie outside their pictures.
         """
         ...
+
+
+def make_batch(
+    split: AnySplit, views: EpochViews, positions: Int64, images_NHWC: Tensor, device: torch.device
+) -> Batch:
+    """Brings images, and what is known of their samples, to the device.
+
+    Args:
+        split: the loader's.
+        views: of the epoch.
+        positions: int64 (N,), of the batch.
+        images_NHWC: uint8, dense.
+        device: where the batch goes.
+    """
+    drawn = None if views.jitter is None else to_device(torch.from_numpy(views.jitter[positions]), device)
+    return Batch(
+        to_device(images_NHWC, device).permute(0, 3, 1, 2),
+        to_device(torch.from_numpy(split.labels[positions]), device),
+        to_device(torch.from_numpy(split.ids[positions]), device),
+        drawn,
+    )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies without making the host wait for a GPU, which takes page-locked memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def usable_cores() -> int:

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from fastgen.config import DataSettings
-from fastgen.data.batch import Batch, usable_cores
-from fastgen.data.folder import make_batch, require_bytes, require_pictures, require_unchanged, require_views
+from fastgen.data.batch import Batch, make_batch, usable_cores
+from fastgen.data.folder import require_bytes, require_pictures, require_unchanged, require_views
 from fastgen.data.manifest import Manifest
 from fastgen.data.split import AnySplit, FileSplit, Split
 from fastgen.errors import MachineError, UserError

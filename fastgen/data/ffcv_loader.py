@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 
 from fastgen.config import DataSettings
-from fastgen.data.batch import Batch, usable_cores
+from fastgen.data.batch import Batch, make_batch, usable_cores
 from fastgen.data.beton import Beton
 from fastgen.data.decoder import Decoder, Images
 from fastgen.data.manifest import read_manifest
@@ -114,12 +114,7 @@ class FfcvLoader:
     def _end(self, flight: _Flight, views: EpochViews) -> Batch:
         for future in flight.futures:
             future.result()
-        positions, device = flight.positions, self._device
-        to_device = [self._split.labels[positions], self._split.ids[positions]]
-        labels, ids = (torch.from_numpy(values).to(device) for values in to_device)
-        jitter = None if views.jitter is None else torch.from_numpy(views.jitter[positions]).to(device)
-        images_NCHW = flight.images_NHWC.permute(0, 3, 1, 2).to(device, non_blocking=True)
-        return Batch(images_NCHW, labels, ids, jitter)
+        return make_batch(self._split, views, flight.positions, flight.images_NHWC, self._device)
 
 
 @dataclass(frozen=True)

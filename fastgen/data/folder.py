@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastgen.config import DataSettings
-from fastgen.data.batch import Batch, usable_cores
+from fastgen.data.batch import Batch, make_batch, usable_cores
 from fastgen.data.manifest import DIGEST_BYTES, Manifest
 from fastgen.data.photos import Refused, decode_plain
 from fastgen.data.split import AnySplit, FileSplit, Split
@@ -177,34 +177,6 @@ def require_bytes(manifest: Manifest, ids: Int64, file_bytes: Int64) -> None:
         sample_id, found = int(ids[wrong[0]]), int(file_bytes[wrong[0]])
         expected = int(manifest.file_bytes[sample_id])
         raise _changed(manifest, sample_id, f"it has {found:,} bytes, had {expected:,}")
-
-
-def make_batch(
-    split: AnySplit, views: EpochViews, positions: Int64, images_NHWC: Tensor, device: torch.device
-) -> Batch:
-    """Brings images, and what is known of their samples, to the device.
-
-    Args:
-        split: the loader's.
-        views: of the epoch.
-        positions: int64 (N,), of the batch.
-        images_NHWC: uint8, dense.
-        device: where the batch goes.
-    """
-    drawn = None if views.jitter is None else to_device(torch.from_numpy(views.jitter[positions]), device)
-    return Batch(
-        to_device(images_NHWC, device).permute(0, 3, 1, 2),
-        to_device(torch.from_numpy(split.labels[positions]), device),
-        to_device(torch.from_numpy(split.ids[positions]), device),
-        drawn,
-    )
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies without making the host wait for a GPU, which takes page-locked memory."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class _Parts(Dataset[Any]):

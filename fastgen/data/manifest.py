@@ -148,6 +148,8 @@ def read_manifest(path: Path) -> Manifest:
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such manifest: make it with python -m data_prep.manifest")
+    if path.suffix == ".beton":
+        raise UserError(f"{path}: is a .beton; its manifest is {path}.manifest")
     try:
         # Opened here, because numpy leaves a damaged file open.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fastgen.config import DataSettings
+from fastgen.config import DataSettings, hash_of
 from fastgen.data.beton import Beton, read_beton
 from fastgen.data.manifest import Manifest, read_manifest
 from fastgen.data.split import FileSplit
 from fastgen.errors import UserError
+from fastgen.files import write_json
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ def read_photographs(settings: DataSettings, k: int) -> Photographs:
         _check_labels(opened, names)
     if k > len(names):
         raise UserError(f"gen.k = {k}: give 2 to {len(names)}, the number of classes of {root}")
-    return Photographs(train.split, test.split, names, _pixels(settings, train.split))
+    train_split, test_split = (_of_classes(opened.split, len(names)) for opened in (train, test))
+    return Photographs(train_split, test_split, names, _pixels(settings, train_split))
 
 
 def read_beside(beton: Beton) -> Manifest | None:
@@ -82,6 +88,40 @@ def read_beside(beton: Beton) -> Manifest | None:
 def names_or_numbers(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
     """The names of the classes, or their numbers where nobody named them."""
     return tuple(names) if names is not None else tuple(str(label) for label in range(classes))
+
+
+def hash_of_file(path: Path) -> str:
+    """SHA-256 of a whole file, computed once and kept beside it for as long as its size and time stay the same.
+
+    For files by FFCV's own writer, whose index tells nothing of the pixels.
+    """
+    state = path.stat()
+    beside = path.with_name(f"{path.name}.sha256.json")
+    known = _read_mark(beside)
+    mark = {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
+    if all(known.get(name) == value for name, value in mark.items()):
+        return str(known["sha256"])
+    told = f"{path}: tells nothing of its pixels: reading all of it once ({state.st_size / 1e9:.1f} GB)"
+    print(told, file=sys.stderr)
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if os.access(path.parent, os.W_OK):
+        write_json(beside, {**mark, "sha256": found})
+    return found
+
+
+def _read_mark(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        # Not there, or cut short: the file is read again, and its mark written anew.
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _of_classes(split: FileSplit, classes: int) -> FileSplit:
+    """The same pictures among another number of classes are another task: their hash says so."""
+    return replace(split, index_hash=hash_of([split.index_hash, classes]))
 
 
 def _open_manifest(root: Path, part: str) -> _Opened:
@@ -111,8 +151,9 @@ def _open_beton(root: Path, part: str) -> _Opened:
         raise UserError(f"{path}: is missing: make it with {again}")
     beton = read_beton(path)
     manifest = read_beside(beton)
-    index_hash = beton.index_hash if manifest is None else manifest.data_hash
-    split = FileSplit(beton, beton.labels, _ids(len(beton)), beton.sizes, index_hash)
+    # The stored pixels, not the originals they came from: two files may store the same pictures differently.
+    stored_hash = beton.index_hash if beton.crc32 is not None else hash_of_file(path)
+    split = FileSplit(beton, beton.labels, _ids(len(beton)), beton.sizes, stored_hash)
     return _Opened(path, split, None if manifest is None else manifest.class_names)
 
 
@@ -148,8 +189,9 @@ def _check_labels(opened: _Opened, names: tuple[str, ...]) -> None:
 
 def _pixels(settings: DataSettings, train: FileSplit) -> str:
     if isinstance(train.index, Beton):
-        resampler = {"native": "triangle", "ffcv": "FFCV area"}[settings.beton_decoder]
-        return f"{resampler} of .beton {train.index.index_hash[:16]}"
+        return {"native": ".beton, triangle filter", "ffcv": ".beton, FFCV's decoder and area filter"}[
+            settings.beton_decoder
+        ]
     if settings.backend == "dali":
         return f"DALI linear, {settings.dali_decoder} decoder"
     return {"folder": "Pillow bilinear", "synthetic": "random"}[settings.backend]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastgen.data.batch import Batch
+from fastgen.data.batch import Batch, to_device
 from fastgen.data.facts import Facts
 from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
@@ -38,7 +38,7 @@ class SyntheticLoader:
         for positions in batch_positions(views.order, batch_size, first_batch, share):
             count = len(positions)
             if count:
-                ids = torch.from_numpy(positions).to(self._device)
+                ids = to_device(torch.from_numpy(positions), self._device)
                 yield Batch(images_NCHW[:count], labels[:count], ids, None if jitter is None else jitter[:count])
 
     def _draw(self, count: int, height_px: int, width_px: int) -> tuple[Tensor, Tensor]:

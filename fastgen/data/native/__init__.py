@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import subprocess
 import threading
 from functools import cache
@@ -84,7 +85,14 @@ def load() -> ctypes.CDLL:
     Raises:
         UserError: it cannot be compiled here.
     """
-    library = ctypes.CDLL(str(_compiled()))
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except OSError as error:
+        # Not to be written to, or mounted so that nothing in it may be run.
+        raise UserError(
+            f"data.beton_decoder = native: its compiled code cannot be kept in {_cache_folder()} ({error}): "
+            "name another folder with the environment variable XDG_CACHE_HOME"
+        ) from None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.fastgen_scratch_new.restype = pointer
     library.fastgen_scratch_free.argtypes = [pointer]
@@ -95,19 +103,23 @@ def load() -> ctypes.CDLL:
 
 
 def _compiled() -> Path:
-    compiler = os.environ.get("CC", "cc")
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     key = hashlib.sha256(SOURCE.read_bytes())
-    for part in (*FLAGS, *LIBRARIES, _run([compiler, "--version"]), _processor()):
+    for part in (*FLAGS, *LIBRARIES, _run([*compiler, "--version"]), _processor()):
         key.update(part.encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastgen"
+    folder = _cache_folder()
     library = folder / f"views-{key.hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{library.name}.{os.getpid()}"
-        _run([compiler, *FLAGS, "-o", str(partial), str(SOURCE), *LIBRARIES])
+        _run([*compiler, *FLAGS, "-o", str(partial), str(SOURCE), *LIBRARIES])
         # Several processes may do this at once: each renames a whole file of the same content.
         partial.replace(library)
     return library
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "fastgen"
 
 
 def _processor() -> str:
