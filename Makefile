@@ -41,7 +41,7 @@ $(LOADERS_STAMP): requirements-loaders.lock $(STAMP)
 system: env
 	@{ command -v g++ pkg-config >/dev/null && pkg-config --exists opencv4 libturbojpeg && \
 		test -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" && \
-		echo '#include <stdio.h>\n#include <jpeglib.h>' | g++ -fsyntax-only -xc++ -; } 2>/dev/null || \
+		printf '#include <stdio.h>\n#include <jpeglib.h>\n' | g++ -fsyntax-only -xc++ -; } 2>/dev/null || \
 		{ apt-get update && apt-get install -y --no-install-recommends $(SYSTEM_PACKAGES); }
 
 # Resolves all versions anew, for every platform and Python that the project supports. Needs `make system` before.

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from pictures import write_folder
 
 from data_prep import beton, manifest
@@ -24,10 +25,13 @@ from fastgen.data.beton import (
     RAW,
     VERSION,
 )  # fmt: skip
+from fastgen.data.ffcv_loader import FfcvLoader
+from fastgen.data.folder import FolderLoader
 from fastgen.data.photographs import read_photographs
 from fastgen.errors import Stopped, UserError
 from fastgen.record import Recorder
 from fastgen.train import main
+from fastgen.views import ResizedCrop, training_views
 
 RECIPE = """
 data:
@@ -286,3 +290,18 @@ def test_without_augmentation_its_settings_have_no_say(recipe, root, capsys, tmp
         return capsys.readouterr().out
 
     assert plan() == plan("--data.rotation_degrees=3", "--data.pixel_shift=9", "--data.crop_area=[0.5, 1.0]")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("backend", ["ffcv", "folder"])
+def test_batches_on_a_gpu_are_those_of_the_cpu(root, backend):
+    settings = DataSettings(dataset="imagenet", backend=backend, root=str(root), workers=2)
+    split = read_photographs(settings, 2).train
+    views = training_views(split.ids, ResizedCrop(), 0, 0, 0, sizes=split.sizes, resolution_px=32)
+    loader = {"ffcv": FfcvLoader, "folder": FolderLoader}[backend]
+    shown = [list(loader(split, settings, torch.device(kind)).batches(views, 4)) for kind in ("cpu", "cuda")]
+    for here, there in zip(*shown, strict=True):
+        assert there.images_NCHW.is_contiguous(memory_format=torch.channels_last)
+        for one, two in ((here.images_NCHW, there.images_NCHW), (here.labels, there.labels), (here.ids, there.ids)):
+            assert torch.equal(one, two.cpu())
