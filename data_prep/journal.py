@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,7 @@ from fastgen.errors import UserError
 FLUSH_SECONDS = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A picture as it goes into the file.
 
@@ -195,7 +195,7 @@ def _lock(file: BinaryIO, places: Places) -> None:
 
 
 def _without_bytes(entry: Stored) -> Stored:
-    bare = Sample(b"", **{key: value for key, value in vars(entry.sample).items() if key != "stored"})
+    bare = replace(entry.sample, stored=b"")
     return Stored(entry.row, bare, entry.stored_bytes)
 
 

@@ -57,7 +57,7 @@ class Rules:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """What is recorded of a picture; the columns of a manifest.
 

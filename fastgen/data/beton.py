@@ -134,7 +134,7 @@ def read_beton(path: Path) -> Beton:
     return beton
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image as it will lie in the file.
 
