@@ -20,7 +20,7 @@ import numpy as np
 import simplejpeg
 
 from data_prep.beton import sha256_of
-from data_prep.judge import Refusal, Rules, digest_of, judge
+from data_prep.judge import Refusal, Row, Rules, digest_of, judge
 from data_prep.options import add_workers, run, say, shown
 from data_prep.progress import Progress, gigabytes
 from data_prep.work import Workers
@@ -66,18 +66,13 @@ class FileTask:
         path: the file; None where the picture came from none.
         stand_in: of the file; None where the file itself is read.
         rules: how it was judged.
-        height, width, mode, condition, file_bytes, digest: as the row says.
+        row: what the manifest tells of it.
     """
 
     path: Path | None
     stand_in: Path | None
     rules: Rules
-    height: int
-    width: int
-    mode: str
-    condition: int
-    file_bytes: int
-    digest: bytes
+    row: Row
 
 
 @dataclass(frozen=True)
@@ -192,12 +187,14 @@ def _file_task(manifest: Manifest, number: int, options: Mapping[str, Any]) -> F
         path=path,
         stand_in=manifest.file(number) if manifest.stand_ins[number] else None,
         rules=_rules(options),
-        height=int(manifest.heights[number]),
-        width=int(manifest.widths[number]),
-        mode=manifest.modes[number].decode(errors="replace"),
-        condition=int(manifest.conditions[number]),
-        file_bytes=int(manifest.file_bytes[number]),
-        digest=manifest.digests[number].tobytes(),
+        row=Row(
+            height=int(manifest.heights[number]),
+            width=int(manifest.widths[number]),
+            mode=manifest.modes[number].decode(errors="replace"),
+            condition=int(manifest.conditions[number]),
+            file_bytes=int(manifest.file_bytes[number]),
+            digest=manifest.digests[number].tobytes(),
+        ),
     )
 
 
@@ -263,15 +260,15 @@ def check_file(task: FileTask) -> Checked:
     judged = judge(task.path, task.rules)
     if isinstance(judged, Refusal):
         return Checked((judged.reason,), 0)
-    row = judged.row
+    row, told = judged.row, task.row
     pairs = (
-        ("bytes", row.file_bytes, task.file_bytes),
-        ("pixels (height, width)", (row.height, row.width), (task.height, task.width)),
-        ("mode", row.mode, task.mode),
-        ("condition", CONDITIONS[row.condition == DAMAGED], CONDITIONS[task.condition == DAMAGED]),
+        ("bytes", row.file_bytes, told.file_bytes),
+        ("pixels (height, width)", (row.height, row.width), (told.height, told.width)),
+        ("mode", row.mode, told.mode),
+        ("condition", CONDITIONS[row.condition == DAMAGED], CONDITIONS[told.condition == DAMAGED]),
     )
-    wrong = [f"{what}: {found}, {told} by the manifest" for what, found, told in pairs if found != told]
-    if not wrong and row.digest != task.digest:
+    wrong = [f"{what}: {found}, {listed} by the manifest" for what, found, listed in pairs if found != listed]
+    if not wrong and row.digest != told.digest:
         wrong.append("holds other bytes than when the manifest was made")
     if judged.inspected is not None and judged.inspected.plain == (task.stand_in is not None):
         wrong.append("needs no stand-in, and has one" if judged.inspected.plain else "needs a stand-in, and has none")
@@ -291,9 +288,9 @@ def _check_stand_in(task: FileTask, wanted: np.typing.NDArray[np.uint8] | None) 
         return Checked((f"its stand-in {task.stand_in} cannot be opened ({error.strerror})",), 0)
     except Refused as refused:
         return Checked((f"its stand-in {task.stand_in} {refused}",), 0)
-    same = digest_of(pixels.tobytes()) == task.digest if wanted is None else np.array_equal(pixels, wanted)
+    same = digest_of(pixels.tobytes()) == task.row.digest if wanted is None else np.array_equal(pixels, wanted)
     wrong = () if same else (f"its stand-in {task.stand_in} shows another picture",)
-    return Checked(wrong, task.file_bytes)
+    return Checked(wrong, task.row.file_bytes)
 
 
 def _read_arguments(words: Sequence[str]) -> argparse.Namespace:

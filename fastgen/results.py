@@ -17,7 +17,7 @@ from fastgen.plan import Generation
 from fastgen.trainer import Workbench
 
 # Raised whenever the same network starts to be measured otherwise.
-MEASUREMENT_FORMAT = 3
+MEASUREMENT_FORMAT = 4
 
 
 class Results:
@@ -79,7 +79,8 @@ class Results:
 def _measure_node(bench: Workbench, node: Node) -> tuple[dict[str, Any], Tensor]:
     """Measures a node on the evaluation set, and on the training set unless that is known already.
 
-    The measurements are kept in the node, under a name that depends on all they depend on.
+    What was measured on the training set is kept in the node, under a name that depends on all it depends on, with
+    the seconds that both took.
     """
     recipe, dataset, stop = bench.recipe, bench.dataset, bench.stop
     model = load_network(recipe, dataset, node.weights, bench.device)
@@ -95,9 +96,8 @@ def _measure_node(bench: Workbench, node: Node) -> tuple[dict[str, Any], Tensor]
             views = dataset.evaluation_views(dataset.train)
             train, _ = measure(model, bench.train_loader, views, normalise, k, bench.device, stop, keep=False)
     if known is None:
-        known = {"evaluation": asdict(evaluation), "train": asdict(train), "seconds": stopwatch.seconds()["evaluate"]}
+        known = {"train": asdict(train), "seconds": stopwatch.seconds()["evaluate"]}
         node.keep(name, known)
-    # The training set's figures may be known from before; the evaluation's are those of right now.
     return {**known, "evaluation": asdict(evaluation)}, probabilities
 
 
@@ -105,10 +105,7 @@ def _measurement_name(bench: Workbench) -> str:
     dataset = bench.dataset
     depends_on = [
         MEASUREMENT_FORMAT,
-        dataset.evaluation_hash,
-        dataset.train_hash,
-        [int(i) for i in dataset.train.ids[[0, -1]]],
-        len(dataset.train),
+        dataset.train.content_hash,
         bench.recipe.gen.k,
         dataset.pixels,
         dataset.evaluation_px,

@@ -112,8 +112,8 @@ def test_both_layouts_give_equal_data_and_equal_hashes(dataset, tmp_path):
         for layout in ("binary", "python")
     )
     np.testing.assert_array_equal(one.train.images_NHWC, two.train.images_NHWC)
-    assert (one.train_hash, one.evaluation_hash) == (two.train_hash, two.evaluation_hash)
-    assert one.train_hash != one.evaluation_hash
+    assert (one.train_hash, one.evaluation.content_hash) == (two.train_hash, two.evaluation.content_hash)
+    assert one.train_hash != one.evaluation.content_hash
     assert one.class_names == two.class_names
 
 
@@ -331,7 +331,7 @@ def require_limits(root, train_images, test_images):
         np.testing.assert_array_equal(split.labels, whole.train.labels[split.ids])
     # The hash is of the whole training set, so that a part of it keeps its own settings as its name.
     assert part.train_hash == whole.train_hash
-    assert part.evaluation_hash != whole.evaluation_hash
+    assert part.evaluation.content_hash != whole.evaluation.content_hash
     # All runs of a sweep select on the same images, whatever their seed.
     all_held = small_dataset(root, holdout=held)
     assert len(all_held.train) + len(all_held.evaluation) == train_images

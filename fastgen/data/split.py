@@ -113,8 +113,7 @@ class Dataset:
         train: samples to train on.
         evaluation: samples to evaluate on.
         evaluated_on: `test`, or `holdout` for a part of the training set.
-        train_hash, evaluation_hash: of images and labels: of the data set's whole training
-            split, and of the samples evaluated on.
+        train_hash: of images and labels of the data set's whole training split, of which `train` may be a part.
         class_names: one for each class.
         crop: how training views are drawn.
         pixels: names what turns a view into pixels; `stored` where nothing is resampled.
@@ -126,7 +125,6 @@ class Dataset:
     evaluation: AnySplit
     evaluated_on: str
     train_hash: str
-    evaluation_hash: str
     class_names: tuple[str, ...]
     crop: CropPolicy
     pixels: str
@@ -170,7 +168,6 @@ def make_dataset(
         evaluation=evaluation,
         evaluated_on=evaluated_on,
         train_hash=whole_hash,
-        evaluation_hash=evaluation.content_hash,
         class_names=class_names,
         crop=_crop_policy(settings, facts),
         pixels=pixels,
