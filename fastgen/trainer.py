@@ -16,7 +16,7 @@ from torch import nn
 
 from fastgen.augment import Normaliser
 from fastgen.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from fastgen.config import PHOTO_MODELS, Recipe, TrainSettings
+from fastgen.config import Recipe, TrainSettings
 from fastgen.data.batch import Batch, Loader
 from fastgen.data.split import Dataset
 from fastgen.environment import describe_environment
@@ -29,6 +29,7 @@ from fastgen.nodes import Node, locked
 from fastgen.optim import make_optimizer, set_lr
 from fastgen.plan import Generation
 from fastgen.record import Recorder
+from fastgen.rules import PHOTO_MODELS
 from fastgen.schedule import Schedule, make_schedule, resolution_px
 from fastgen.step import DTYPES, Forward, make_forward, make_scaler
 from fastgen.stop import StopRequest

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PURE = ("config", "laws", "plan", "recipe", "schedule", "philox", "views", "errors", "stop")
+PURE = ("config", "rules", "laws", "plan", "recipe", "schedule", "philox", "views", "errors", "stop")
 
 
 def mapped_modules() -> set[str]:

@@ -1,0 +1,185 @@
+"""The rules that hold within and between the settings of a recipe. A broken one is a line that says what to give."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastgen.data.facts import DATASETS
+from fastgen.errors import UserError
+
+if TYPE_CHECKING:
+    from fastgen.config import DataSettings, Numbers, Recipe, RunSettings, TrainSettings
+
+MAX_SEED = 2**63 - 1
+# torchvision's networks: three channels in, and a stem that halves the plane twice.
+PHOTO_MODELS = ("resnet18", "resnet34", "resnet50")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Checks every rule.
+
+    Raises:
+        UserError: one is broken.
+    """
+    _check_run(recipe.run)
+    _check_data(recipe.data)
+    _check_photographs(recipe.data)
+    _check_train(recipe.train)
+    _check_together(recipe)
+    _check_gen(recipe)
+
+
+def _require(condition: bool, text: str) -> None:
+    if not condition:
+        raise UserError(text)
+
+
+def _check_run(run: RunSettings) -> None:
+    for name in ("seed", "init_seed"):
+        seed = getattr(run, name)
+        _require(seed is None or 0 <= seed <= MAX_SEED, f"run.{name} = {seed}: give a number from 0 to 2^63 - 1")
+    _require(run.save_minutes >= 0, f"run.save_minutes = {run.save_minutes}: give 0 (after every step) or more")
+    _require(run.log_every_steps >= 1, f"run.log_every_steps = {run.log_every_steps}: give 1 or more")
+    _require(
+        run.eval_every_epochs >= 0, f"run.eval_every_epochs = {run.eval_every_epochs}: give 0 (only at the end) or more"
+    )
+
+
+def _check_data(data: DataSettings) -> None:
+    classes = DATASETS[data.dataset].classes
+    _require(
+        data.seed is None or 0 <= data.seed <= MAX_SEED, f"data.seed = {data.seed}: give a number from 0 to 2^63 - 1"
+    )
+    # Photographs tell their classes when they are opened; `data.split` then says the same.
+    least = classes or 1
+    for name in ("train_limit", "val_limit"):
+        limit = getattr(data, name)
+        _require(
+            limit is None or limit >= least,
+            f"data.{name} = {limit}: give at least {least}, one image for each class",
+        )
+    _require(
+        data.holdout == 0 or data.holdout >= least,
+        f"data.holdout = {data.holdout}: give 0, or at least {least}, one image for each class",
+    )
+
+
+def _check_photographs(data: DataSettings) -> None:
+    _require(data.workers is None or data.workers >= 1, f"data.workers = {data.workers}: give 1 or more")
+    _require(data.batches_ahead >= 1, f"data.batches_ahead = {data.batches_ahead}: give 1 or more")
+    for name in ("resolution_px", "start_resolution_px", "eval_resolution_px"):
+        side = getattr(data, name)
+        _require(side is None or 8 <= side <= 4096, f"data.{name} = {side}: give 8 to 4096 pixels")
+    for name, (low, high) in (("resolution_ramp", (0, 1)), ("crop_area", (0, 1)), ("crop_aspect", (0, 20))):
+        values = getattr(data, name)
+        _require(
+            len(values) == 2 and low <= values[0] <= values[1] <= high,
+            f"data.{name} = {list(values)}: give two rising numbers from {low} to {high}",
+        )
+    _require(data.crop_area[0] > 0, "data.crop_area begins at 0: give a share above 0")
+    _require(data.crop_aspect[0] >= 0.05, "data.crop_aspect begins too low: give 0.05 or more")
+    _require(0 < data.eval_crop_share <= 1, f"data.eval_crop_share = {data.eval_crop_share}: give a share in (0, 1]")
+    _require(
+        0 <= data.rotation_degrees <= 180, f"data.rotation_degrees = {data.rotation_degrees}: give 0 to 180 degrees"
+    )
+    _require(0 <= data.pixel_shift <= 255, f"data.pixel_shift = {data.pixel_shift}: give 0 to 255")
+
+
+def _check_together(recipe: Recipe) -> None:
+    photographs = recipe.data.dataset == "imagenet"
+    _require(
+        not (photographs and recipe.data.backend == "resident"),
+        "data.backend = resident is for images of one size: set data.backend=ffcv, dali or folder",
+    )
+    _require(
+        not (recipe.data.dataset == "digits" and recipe.data.backend == "ffcv"),
+        "data.backend = ffcv: there is no .beton of digits: set data.backend=resident, dali or folder",
+    )
+    _require(
+        recipe.data.dataset != "digits" or recipe.model.name not in PHOTO_MODELS,
+        f"model.name = {recipe.model.name}: takes colour images, digits are grey: choose resnet8 or resnet20",
+    )
+    _require(
+        recipe.model.name not in PHOTO_MODELS or recipe.model.downsample == "strided",
+        f"model.downsample = pooled: is written for the CIFAR networks, not for {recipe.model.name}: set strided",
+    )
+
+
+def _check_train(train: TrainSettings) -> None:
+    _require(train.epochs >= 1, f"train.epochs = {train.epochs}: give 1 or more")
+    _require(train.batch_size >= 1, f"train.batch_size = {train.batch_size}: give 1 or more")
+    _require(train.lr > 0, f"train.lr = {train.lr}: give a learning rate above 0")
+    _require(
+        all(0 < at < 1 for at in train.lr_milestones) and list(train.lr_milestones) == sorted(set(train.lr_milestones)),
+        f"train.lr_milestones = {list(train.lr_milestones)}: give rising fractions of the run, between 0 and 1",
+    )
+    _require(train.lr_factor > 0, f"train.lr_factor = {train.lr_factor}: give a factor above 0")
+    _require(
+        1 <= train.accumulate_steps <= train.batch_size,
+        f"train.accumulate_steps = {train.accumulate_steps}: give 1 to {train.batch_size}, the images of a batch",
+    )
+    _require(
+        0 <= train.warmup_epochs < train.epochs,
+        f"train.warmup_epochs = {train.warmup_epochs}: give 0 or more, and less than train.epochs = {train.epochs}",
+    )
+    _require(
+        train.lr_schedule != "triangular" or train.warmup_epochs > 0,
+        "train.lr_schedule = triangular needs train.warmup_epochs above 0: its peak is there",
+    )
+    _require(0 <= train.momentum < 1, f"train.momentum = {train.momentum}: give 0 or more, and less than 1")
+    _require(
+        not train.nesterov or train.momentum > 0,
+        "train.nesterov = true needs train.momentum above 0: set train.nesterov=false",
+    )
+    _require(train.weight_decay >= 0, f"train.weight_decay = {train.weight_decay}: give 0 or more")
+
+
+def _check_gen(recipe: Recipe) -> None:
+    gen, classes = recipe.gen, DATASETS[recipe.data.dataset].classes
+    _require(gen.generations >= 0, f"gen.generations = {gen.generations}: give 0 (the patriarch alone) or more")
+    most = classes or max(gen.k, 2)
+    _require(2 <= gen.k <= most, f"gen.k = {gen.k}: give 2 to {most}, the number of classes of the data set")
+    _require(
+        1 / gen.k <= gen.confidence <= 1,
+        f"gen.confidence = {gen.confidence}: give a value in [1/k, 1] = [{1 / gen.k:.4g}, 1]",
+    )
+    _require(
+        gen.patriarch != "cross_entropy" or gen.confidence == 1,
+        f"gen.patriarch = cross_entropy asks for confidence 1, gen.confidence is {gen.confidence}: "
+        "set gen.confidence=1.0 or gen.patriarch=tolerant",
+    )
+    _check_per_student("teacher_weight", gen.teacher_weight, gen.generations)
+    _check_per_student("temperature", gen.temperature, gen.generations)
+    for weight in _listed(gen.teacher_weight):
+        _require(0 <= weight <= 1, f"gen.teacher_weight = {weight}: give a share in [0, 1]")
+    for temperature in _listed(gen.temperature):
+        _require(temperature > 0, f"gen.temperature = {temperature}: give a value above 0")
+    _require(
+        gen.only is None or 0 <= gen.only <= gen.generations,
+        f"gen.only = {gen.only}: give a generation of the recipe, 0 to {gen.generations}",
+    )
+    _require(
+        gen.teacher is None or gen.only is not None,
+        "gen.teacher needs gen.only: name the generation that this teacher shall teach",
+    )
+    _require(
+        gen.teacher is None or gen.only != 0,
+        "gen.teacher with gen.only = 0: the patriarch has no teacher; give gen.only 1 or more",
+    )
+    if gen.teacher is not None and gen.only:
+        weight = recipe.teacher_weight(gen.only)
+        _require(
+            weight > 0, f"gen.teacher has no say where gen.teacher_weight of generation {gen.only} is 0: give a weight"
+        )
+
+
+def _check_per_student(name: str, value: Numbers, generations: int) -> None:
+    count = len(value) if isinstance(value, tuple) else generations
+    _require(
+        count == generations,
+        f"gen.{name} has {count} values for {generations} students: give one number, or one for each student",
+    )
+
+
+def _listed(value: Numbers) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
