@@ -45,13 +45,14 @@ from benchmarks.loaders_report import report, result_rows
 from benchmarks.loaders_stock import BATCHES_AHEAD, Epochs, stock_dali, stock_ffcv, torch_threads_kept
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.config import DataSettings
+from fastgen.crops import ResizedCrop
 from fastgen.data.batch import Loader, usable_cores
 from fastgen.data.dali_loader import DaliLoader
 from fastgen.data.ffcv_loader import FfcvLoader
 from fastgen.data.folder import FolderLoader
 from fastgen.data.split import FileSplit
 from fastgen.errors import MachineError, UserError, command
-from fastgen.views import ResizedCrop, training_views
+from fastgen.views import training_views
 
 Int64 = npt.NDArray[np.int64]
 

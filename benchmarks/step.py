@@ -38,6 +38,7 @@ from benchmarks.common import (
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.augment import Normaliser
 from fastgen.config import TrainSettings
+from fastgen.crops import ShiftCrop
 from fastgen.data.batch import Batch, Loader
 from fastgen.data.cifar import read_cifar
 from fastgen.data.facts import DATASETS, Facts
@@ -54,7 +55,7 @@ from fastgen.step import DTYPES, Forward, make_forward, make_scaler
 from fastgen.tables import print_table
 from fastgen.teacher import Teacher, make_teacher
 from fastgen.trainer import Training, take_step
-from fastgen.views import ShiftCrop, training_views
+from fastgen.views import training_views
 
 Engine = Literal["eager", "compile"]
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from fastgen.data.cifar import LAYOUTS, read_cifar
 from fastgen.data.manifest import read_manifest
 from fastgen.errors import UserError
-from fastgen.views import class_balanced
+from fastgen.selection import class_balanced
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")

@@ -63,7 +63,7 @@ def jitter_views(images_NCHW: Tensor, jitter_B4: Tensor, *, rotate: bool) -> Ten
 
     Args:
         images_NCHW: uint8 (B, 3, H, W), or one channel, of which the first shift holds.
-        jitter_B4: float32 (B, 4), `views.JITTER_COLUMNS`: degrees, anticlockwise, and the shift of each channel.
+        jitter_B4: float32 (B, 4), `crops.JITTER_COLUMNS`: degrees, anticlockwise, and the shift of each channel.
         rotate: False where all angles are zero: nothing is resampled then.
 
     Returns:

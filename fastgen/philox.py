@@ -7,10 +7,22 @@ random bits out: any draw can be made by itself, in any order, on any machine, w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 Words = npt.NDArray[np.uint32]
+
+# The last word of the counter keeps draws for different purposes apart.
+ORDER_STREAM = 0
+CROP_STREAM = 1
+HOLDOUT_STREAM = 2
+FLIP_STREAM = 3
+JITTER_STREAM = 4
+TRY_STREAM = 16  # and the following, one for each try
+
+CHUNK = 1 << 14
 
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -60,3 +72,30 @@ def below(words: Words, bound: int | npt.NDArray[np.integer]) -> npt.NDArray[np.
 def uniform(words: Words) -> npt.NDArray[np.float64]:
     """Numbers in [0, 1), multiples of 2^-32."""
     return words.astype(np.float64) * 2.0**-32
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random words of one epoch of one generation.
+
+    Attributes:
+        data_seed: in [0, 2^64), the key.
+        epoch, generation: in [0, 2^32), two words of the counter.
+    """
+
+    data_seed: int
+    epoch: int
+    generation: int
+
+    def __call__(self, ids: npt.NDArray[np.int64], stream: int) -> Words:
+        """uint32 (N, 4): 128 bits for each sample id, in [0, 2^32), other ones for each stream."""
+        key = (self.data_seed & 0xFFFFFFFF, self.data_seed >> 32)
+        words = np.empty((len(ids), 4), np.uint32)
+        # In parts that stay in the processor's cache: more than twice as fast for a million ids.
+        for begin in range(0, len(ids), CHUNK):
+            part = ids[begin : begin + CHUNK]
+            counter = np.empty((len(part), 4), np.uint32)
+            counter[:, 0] = part
+            counter[:, 1:] = (self.epoch, self.generation, stream)
+            words[begin : begin + CHUNK] = philox4x32(counter, key)
+        return words

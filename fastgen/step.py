@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastgen.augment import Normaliser, jitter_views
 from fastgen.config import TrainSettings
+from fastgen.crops import NO_JITTER, JitterPolicy
 from fastgen.losses import Loss
 from fastgen.teacher import Teacher
-from fastgen.views import NO_JITTER, JitterPolicy
 
 
 class Forward(Protocol):

@@ -29,15 +29,12 @@ from fastgen.nodes import Node, locked
 from fastgen.optim import make_optimizer, set_lr
 from fastgen.plan import Generation
 from fastgen.record import Recorder
-from fastgen.rules import PHOTO_MODELS
 from fastgen.schedule import Schedule, make_schedule, resolution_px
+from fastgen.shapes import part_bounds, training_shapes
 from fastgen.step import DTYPES, Forward, make_forward, make_scaler
 from fastgen.stop import StopRequest
 from fastgen.teacher import Teacher, make_teacher
-from fastgen.views import EpochViews, ShiftCrop
-
-# torchvision's ResNets halve the plane five times.
-PHOTO_STRIDE_PX = 32
+from fastgen.views import EpochViews
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
         training = _start(bench, generation)
         with training.stopwatch.phase("warm_up"):
             teacher = _load_teacher(bench, teacher_weights)
-            shapes = _shapes(bench, schedule)
+            shapes = training_shapes(bench.recipe, dataset, schedule)
             forward = _make_forward(bench, training, generation, teacher, len(shapes))
             _warm_up(bench, training, forward, shapes)
         _resume(training, node)
@@ -159,15 +156,10 @@ def _parts(batch: Batch, count: int) -> Iterator[Batch]:
     if count == 1:
         yield batch
         return
-    for begin, end in itertools.pairwise(_part_bounds(len(batch.labels), count)):
+    for begin, end in itertools.pairwise(part_bounds(len(batch.labels), count)):
         part = slice(begin, end)
         jitter = None if batch.jitter is None else batch.jitter[part]
         yield Batch(batch.images_NCHW[part], batch.labels[part], batch.ids[part], jitter)
-
-
-def _part_bounds(images: int, count: int) -> list[int]:
-    """Bounds of at most `count` parts that differ by one image at most; no part is empty."""
-    return sorted({images * number // count for number in range(count + 1)})
 
 
 def _start(bench: Workbench, generation: Generation) -> Training:
@@ -214,40 +206,6 @@ def _warm_up(bench: Workbench, training: Training, forward: Forward, shapes: Seq
     training.optimizer.zero_grad()
     for name, buffer in training.model.named_buffers():
         buffer.copy_(before[name])
-
-
-def _shapes(bench: Workbench, schedule: Schedule) -> list[tuple[int, int, int]]:
-    """(images, height, width) of everything that will pass through the network.
-
-    Raises:
-        UserError: a single image would meet a batch-norm over a single pixel, which has no variance.
-    """
-    counts, sides = _part_sizes(bench, schedule), _view_sizes(bench.recipe, bench.dataset)
-    smallest = min(min(side) for side in sides)
-    if min(counts) == 1 and bench.recipe.model.name in PHOTO_MODELS and smallest <= PHOTO_STRIDE_PX:
-        raise UserError(
-            f"a part of a batch would hold one image of {smallest} pixels, of which {bench.recipe.model.name} leaves "
-            "a single one, too few for batch-norm: change train.batch_size or train.accumulate_steps"
-        )
-    return [(count, height_px, width_px) for count in counts for height_px, width_px in sides]
-
-
-def _part_sizes(bench: Workbench, schedule: Schedule) -> list[int]:
-    """How many images may pass through the network at once: parts of full batches and of the last one."""
-    train, samples = bench.recipe.train, len(bench.dataset.train)
-    last = samples - (schedule.steps_per_epoch - 1) * train.batch_size
-    batches = {min(train.batch_size, samples), last}
-    bounds = [itertools.pairwise(_part_bounds(images, train.accumulate_steps)) for images in batches]
-    return sorted({end - begin for pairs in bounds for begin, end in pairs})
-
-
-def _view_sizes(recipe: Recipe, dataset: Dataset) -> list[tuple[int, int]]:
-    """Heights and widths of all training views."""
-    if isinstance(dataset.crop, ShiftCrop):
-        return [(dataset.crop.height_px, dataset.crop.width_px)]
-    epochs = recipe.train.epochs
-    sides = {resolution_px(recipe.data, epochs, epoch) for epoch in range(epochs)}
-    return [(side, side) for side in sorted(sides)]
 
 
 def _resume(training: Training, node: Node) -> None:

@@ -15,97 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 
 import numpy as np
-import numpy.typing as npt
 
-from fastgen.philox import Words, below, keys64, philox4x32, uniform
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
-
-# The last word of the counter keeps draws for different purposes apart.
-_ORDER_STREAM = 0
-_CROP_STREAM = 1
-_HOLDOUT_STREAM = 2
-_FLIP_STREAM = 3
-_JITTER_STREAM = 4
-_TRY_STREAM = 16  # and the following, one for each try
-
-TRIES = 10
-_CHUNK = 1 << 14
-
-TABLE_COLUMNS = ("top", "left", "height", "width", "flip")
-JITTER_COLUMNS = ("degrees", "red", "green", "blue")
-
-
-@dataclass(frozen=True)
-class JitterPolicy:
-    """Augmentation after decoding; zeros are none.
-
-    Attributes:
-        rotation_degrees: views are turned by an angle in [-rotation, rotation].
-        pixel_shift: each colour channel is shifted by a value in [-shift, shift], in units of 0..255.
-    """
-
-    rotation_degrees: float = 0.0
-    pixel_shift: float = 0.0
-
-    @property
-    def active(self) -> bool:
-        """Whether there is anything to draw."""
-        return self.rotation_degrees > 0 or self.pixel_shift > 0
-
-
-NO_JITTER = JitterPolicy()
-
-
-@dataclass(frozen=True)
-class ShiftCrop:
-    """Crops of the images' own size, for images that all have one size; nothing is resampled.
-
-    Attributes:
-        height_px, width_px: of the image, and of every crop.
-        pad_px: the crop's corner lies in [-pad, pad]; what is outside the image is zero.
-        flip: whether half of the views are mirrored left to right.
-        jitter: augmentation after decoding.
-    """
-
-    height_px: int
-    width_px: int
-    pad_px: int
-    flip: bool
-    jitter: JitterPolicy = NO_JITTER
-
-
-@dataclass(frozen=True)
-class ResizedCrop:
-    """Crops of any size that are resampled to a square ("Inception" crops, Szegedy et al., CVPR 2015).
-
-    Drawn as torchvision's RandomResizedCrop draws them: up to ten tries of an area and an aspect, then the
-    largest centre crop within the range of aspects.
-
-    Attributes:
-        area: smallest and largest share of the picture.
-        aspect: smallest and largest width over height.
-        flip: whether half of the views are mirrored left to right.
-        evaluation_share: side of the centre square that is evaluated on, over the short side.
-        jitter: augmentation after decoding.
-        random: False: training views are the evaluation's centre squares.
-    """
-
-    area: tuple[float, float] = (0.08, 1.0)
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-    evaluation_share: float = 0.875
-    jitter: JitterPolicy = NO_JITTER
-    random: bool = True
-
-
-CropPolicy = ShiftCrop | ResizedCrop
+from fastgen.crops import (
+    CropPolicy,
+    Float32,
+    Int32,
+    Int64,
+    ShiftCrop,
+    centre_squares,
+    drawn_jitter,
+    resized,
+    shifted,
+    whole_images,
+)
+from fastgen.philox import ORDER_STREAM, Draws, keys64
 
 
 @dataclass(frozen=True)
@@ -173,13 +98,13 @@ def training_views(
         sizes: int32 (N, 2), height and width of each original picture; for ResizedCrop.
         resolution_px: side of the resampled view; for ResizedCrop.
     """
-    draws = _Draws(data_seed, epoch, generation)
-    order = np.argsort(keys64(draws(ids, _ORDER_STREAM)), kind="stable").astype(np.int64)
-    jitter = _jitter(draws(ids, _JITTER_STREAM), policy.jitter) if policy.jitter.active else None
+    draws = Draws(data_seed, epoch, generation)
+    order = np.argsort(keys64(draws(ids, ORDER_STREAM)), kind="stable").astype(np.int64)
+    jitter = drawn_jitter(ids, policy.jitter, draws) if policy.jitter.active else None
     if isinstance(policy, ShiftCrop):
-        return EpochViews(order, _shifted(ids, policy, draws), policy.height_px, policy.width_px, jitter)
+        return EpochViews(order, shifted(ids, policy, draws), policy.height_px, policy.width_px, jitter)
     sizes, side = _required(sizes, resolution_px)
-    table = _resized(ids, sizes, policy, draws) if policy.random else _centre_squares(sizes, policy)
+    table = resized(ids, sizes, policy, draws) if policy.random else centre_squares(sizes, policy)
     return EpochViews(order, table, side, side, jitter)
 
 
@@ -195,9 +120,9 @@ def evaluation_views(
     """
     order = np.arange(len(ids), dtype=np.int64)
     if isinstance(policy, ShiftCrop):
-        return EpochViews(order, _whole_images(len(ids), policy), policy.height_px, policy.width_px)
+        return EpochViews(order, whole_images(len(ids), policy), policy.height_px, policy.width_px)
     sizes, side = _required(sizes, resolution_px)
-    return EpochViews(order, _centre_squares(sizes, policy), side, side)
+    return EpochViews(order, centre_squares(sizes, policy), side, side)
 
 
 def to_stored(rows: Int32, sizes: Int32, stored_sizes: Int32) -> Int32:
@@ -248,156 +173,7 @@ def require_inside(views: EpochViews, sizes: Int32) -> None:
         )
 
 
-def class_balanced(labels: Int64, count: int, classes: int) -> Int64:
-    """Positions of the first `count` samples that hold all classes alike, in rising order.
-
-    Each class gives its first count // classes samples; the first count % classes classes one more.
-
-    Raises:
-        ValueError: a class has fewer samples than that.
-    """
-    taken = []
-    for label in range(classes):
-        wanted = count // classes + (label < count % classes)
-        positions = np.flatnonzero(labels == label)
-        if len(positions) < wanted:
-            raise ValueError(f"class {label} has {len(positions)} images, {wanted} are wanted")
-        taken.append(positions[:wanted])
-    return np.sort(np.concatenate(taken)).astype(np.int64)
-
-
-def holdout_split(ids: Int64, labels: Int64, count: int, classes: int) -> tuple[Int64, Int64]:
-    """Splits a training set into the rest and a class-balanced validation set of `count` samples.
-
-    The draw has a fixed key, the same for every seed: all runs of a sweep select on the same images.
-
-    Returns:
-        (positions kept for training, positions held out), both rising.
-    """
-    shuffled = np.argsort(keys64(_Draws(0, 0, 0)(ids, _HOLDOUT_STREAM)), kind="stable")
-    held = np.sort(shuffled[class_balanced(labels[shuffled], count, classes)])
-    return np.setdiff1d(np.arange(len(ids)), held), held
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """Random words of one epoch: (ids, stream) -> uint32 (N, 4)."""
-
-    data_seed: int
-    epoch: int
-    generation: int
-
-    def __call__(self, ids: Int64, stream: int) -> Words:
-        key = (self.data_seed & 0xFFFFFFFF, self.data_seed >> 32)
-        words = np.empty((len(ids), 4), np.uint32)
-        # In parts that stay in the processor's cache: more than twice as fast for a million ids.
-        for begin in range(0, len(ids), _CHUNK):
-            part = ids[begin : begin + _CHUNK]
-            counter = np.empty((len(part), 4), np.uint32)
-            counter[:, 0] = part
-            counter[:, 1:] = (self.epoch, self.generation, stream)
-            words[begin : begin + _CHUNK] = philox4x32(counter, key)
-        return words
-
-
-def _shifted(ids: Int64, policy: ShiftCrop, draws: _Draws) -> Int32:
-    words = draws(ids, _CROP_STREAM)
-    corners = 2 * policy.pad_px + 1
-    table = _whole_images(len(ids), policy)
-    table[:, 0] = below(words[:, 0], corners) - policy.pad_px
-    table[:, 1] = below(words[:, 1], corners) - policy.pad_px
-    table[:, 4] = below(words[:, 2], 2) if policy.flip else 0
-    return table
-
-
-def _whole_images(count: int, policy: ShiftCrop) -> Int32:
-    table = np.zeros((count, len(TABLE_COLUMNS)), np.int32)
-    table[:, 2:4] = (policy.height_px, policy.width_px)
-    return table
-
-
-def _resized(ids: Int64, sizes: Int32, policy: ResizedCrop, draws: _Draws) -> Int32:
-    table = np.empty((len(ids), len(TABLE_COLUMNS)), np.int32)
-    # A row at a time would give the same; chunks keep the intermediate values of 1.3 million rows small.
-    for begin in range(0, len(ids), _CHUNK):
-        part = slice(begin, begin + _CHUNK)
-        table[part, :4] = _crops(ids[part], sizes[part], policy, draws)
-        table[part, 4] = below(draws(ids[part], _FLIP_STREAM)[:, 0], 2) if policy.flip else 0
-    return table
-
-
-def _crops(ids: Int64, sizes: Int32, policy: ResizedCrop, draws: _Draws) -> Int32:
-    crops = _fallback_crops(sizes, policy)
-    waiting = np.arange(len(ids))
-    for attempt in range(TRIES):
-        words = draws(ids[waiting], _TRY_STREAM + attempt)
-        height_width = _extents(words, sizes[waiting], policy)
-        fits = ((height_width >= 1) & (height_width <= sizes[waiting])).all(axis=1)
-        found, extent = waiting[fits], height_width[fits]
-        room = sizes[found] - extent + 1
-        crops[found, 0] = below(words[fits, 2], room[:, 0])
-        crops[found, 1] = below(words[fits, 3], room[:, 1])
-        crops[found, 2:] = extent
-        waiting = waiting[~fits]
-        if not len(waiting):
-            break
-    return crops
-
-
-def _extents(words: Words, sizes: Int32, policy: ResizedCrop) -> Int64:
-    """int64 (M, 2), height and width of crops of a drawn area and aspect; they may be larger than the picture."""
-    whole = sizes[:, 0].astype(np.float64) * sizes[:, 1]
-    smallest, largest = policy.area
-    area = whole * (smallest + uniform(words[:, 0]) * (largest - smallest))
-    low, high = (_log(aspect) for aspect in policy.aspect)
-    aspect = _exp(low + uniform(words[:, 1]) * (high - low))
-    return np.rint(np.sqrt(np.stack([area / aspect, area * aspect], axis=1))).astype(np.int64)
-
-
-def _fallback_crops(sizes: Int32, policy: ResizedCrop) -> Int32:
-    """The largest centre crop whose aspect is within the range."""
-    height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
-    narrowest, widest = policy.aspect
-    crop_height = np.where(width / height < narrowest, np.rint(width / narrowest), height)
-    crop_width = np.where(width / height > widest, np.rint(height * widest), width)
-    extent = np.maximum(np.stack([crop_height, crop_width], axis=1), 1).astype(np.int32)
-    return np.concatenate([(sizes - extent) // 2, extent], axis=1)
-
-
-def _centre_squares(sizes: Int32, policy: ResizedCrop) -> Int32:
-    side = np.maximum(np.rint(policy.evaluation_share * sizes.min(axis=1)), 1).astype(np.int32)
-    table = np.zeros((len(sizes), len(TABLE_COLUMNS)), np.int32)
-    table[:, :2] = (sizes - side[:, None]) // 2
-    table[:, 2:4] = side[:, None]
-    return table
-
-
-def _jitter(words: Words, policy: JitterPolicy) -> Float32:
-    half_ranges = np.array([policy.rotation_degrees] + 3 * [policy.pixel_shift])
-    return ((2 * uniform(words) - 1) * half_ranges).astype(np.float32)
-
-
 def _required(sizes: Int32 | None, resolution_px: int | None) -> tuple[Int32, int]:
     if sizes is None or resolution_px is None:
         raise ValueError("a ResizedCrop needs the sizes of the pictures and a resolution")
     return sizes, resolution_px
-
-
-def _log(value: float) -> float:
-    # Correctly rounded, unlike the C library's.
-    return float(Decimal(value).ln())
-
-
-def _exp(x: Float64) -> Float64:
-    """e^x to a few units in the last place, from additions and multiplications alone: the same bits on every machine.
-
-    numpy's own picks an implementation by the processor's instructions.
-    """
-    # For |x| < 4 the reduced argument is below 1/8, where twelve terms leave less than 2^-60.
-    reduced = x * (1 / 32)
-    result = np.ones_like(reduced)
-    for term in range(12, 0, -1):
-        result = 1 + result * reduced / term
-    for _ in range(5):
-        result = result * result
-    return result

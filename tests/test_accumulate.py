@@ -6,7 +6,8 @@ from torch import nn
 
 from fastgen.data.batch import Batch
 from fastgen.meters import Meter, Stopwatch
-from fastgen.trainer import Training, _part_bounds, take_step
+from fastgen.shapes import part_bounds
+from fastgen.trainer import Training, take_step
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,7 @@ def test_parts_give_the_step_of_the_whole_batch(count, parts):
 def test_bounds_leave_no_part_empty():
     for images in range(1, 40):
         for parts in range(1, 12):
-            bounds = _part_bounds(images, parts)
+            bounds = part_bounds(images, parts)
             assert bounds[0] == 0
             assert bounds[-1] == images
             assert bounds == sorted(set(bounds))

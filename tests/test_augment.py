@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from fastgen.augment import Normaliser, Windows, crop_and_flip
+from fastgen.crops import ShiftCrop
 from fastgen.data.facts import DATASETS
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.data.synthetic import SyntheticLoader
-from fastgen.views import EpochViews, ShiftCrop, evaluation_views, training_views
+from fastgen.views import EpochViews, evaluation_views, training_views
 
 CPU = torch.device("cpu")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fastgen.config import DataSettings
+from fastgen.crops import ShiftCrop
 from fastgen.data import open_dataset
 from fastgen.data.cifar import LAYOUTS, read_cifar
 from fastgen.data.digits import read_digits
@@ -17,7 +18,6 @@ from fastgen.data.facts import DATASETS
 from fastgen.data.split import Split, make_dataset
 from fastgen.errors import UserError
 from fastgen.recipe import read_recipe
-from fastgen.views import ShiftCrop
 
 
 def save_string(pickler, value):

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from fastgen.augment import Normaliser
+from fastgen.crops import ShiftCrop
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.errors import Stopped
 from fastgen.evaluate import EVALUATION_BATCH, Measurement, Tally, measure, measure_ensemble, rank_of_label
 from fastgen.stop import StopRequest
-from fastgen.views import ShiftCrop, evaluation_views
+from fastgen.views import evaluation_views
 
 CPU = torch.device("cpu")
 NAMES = [f.name for f in fields(Measurement)]

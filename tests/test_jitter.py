@@ -7,10 +7,11 @@ from PIL import Image
 
 from fastgen.augment import Normaliser, jitter_views
 from fastgen.config import TrainSettings
+from fastgen.crops import JitterPolicy, ShiftCrop
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.step import make_forward
-from fastgen.views import JitterPolicy, ShiftCrop, training_views
+from fastgen.views import training_views
 
 CPU = torch.device("cpu")
 

@@ -18,6 +18,7 @@ from pictures import encode, photograph, ramp
 from PIL import Image
 
 from fastgen.config import DataSettings, hash_of
+from fastgen.crops import JitterPolicy, ResizedCrop, ShiftCrop
 from fastgen.data.beton import JPEG, RAW, BetonWriter, Sample, page_bytes_for, read_beton
 from fastgen.data.dali_loader import DaliLoader, export_pipeline
 from fastgen.data.digits import read_digits
@@ -31,7 +32,7 @@ from fastgen.data.small_beton import read_small_betons
 from fastgen.data.split import FileSplit, Split
 from fastgen.data.synthetic import SyntheticLoader
 from fastgen.errors import MachineError, UserError
-from fastgen.views import JitterPolicy, ResizedCrop, Share, ShiftCrop, evaluation_views, training_views
+from fastgen.views import Share, evaluation_views, training_views
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -14,6 +14,7 @@ from pictures import write_folder
 
 from data_prep import beton, manifest
 from fastgen.config import DataSettings
+from fastgen.crops import ResizedCrop
 from fastgen.data.beton import (
     ALLOCATION,
     FIELD,
@@ -31,7 +32,7 @@ from fastgen.data.photographs import read_photographs
 from fastgen.errors import Stopped, UserError
 from fastgen.record import Recorder
 from fastgen.train import main
-from fastgen.views import ResizedCrop, training_views
+from fastgen.views import training_views
 
 RECIPE = """
 data:

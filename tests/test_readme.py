@@ -11,7 +11,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PURE = ("config", "rules", "laws", "plan", "recipe", "schedule", "philox", "views", "errors", "stop")
+PURE = (
+    "config",
+    "rules",
+    "laws",
+    "plan",
+    "recipe",
+    "schedule",
+    "philox",
+    "crops",
+    "selection",
+    "views",
+    "errors",
+    "stop",
+)
 
 
 def mapped_modules() -> set[str]:

@@ -7,16 +7,13 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
+from fastgen.crops import JitterPolicy, ResizedCrop, ShiftCrop, _exp
+from fastgen.philox import philox4x32
 from fastgen.views import (
     EpochViews,
-    JitterPolicy,
-    ResizedCrop,
     Share,
-    ShiftCrop,
-    _exp,
     batch_positions,
     evaluation_views,
-    philox4x32,
     require_inside,
     to_stored,
     training_views,
@@ -73,11 +70,12 @@ def test_a_row_depends_on_its_sample_alone(some):
 
 
 def test_chunks_do_not_show(monkeypatch):
-    from fastgen import views
+    from fastgen import crops, philox
 
     arguments = (np.arange(500), ResizedCrop(), 0, 0, 0)
     whole = training_views(*arguments, sizes=sizes_of(500), resolution_px=64).table
-    monkeypatch.setattr(views, "_CHUNK", 7)
+    monkeypatch.setattr(crops, "CHUNK", 7)
+    monkeypatch.setattr(philox, "CHUNK", 5)
     np.testing.assert_array_equal(training_views(*arguments, sizes=sizes_of(500), resolution_px=64).table, whole)
 
 

@@ -3,14 +3,10 @@
 import numpy as np
 import pytest
 
-from fastgen.views import (
-    ShiftCrop,
-    class_balanced,
-    evaluation_views,
-    holdout_split,
-    philox4x32,
-    training_views,
-)
+from fastgen.crops import ShiftCrop
+from fastgen.philox import philox4x32
+from fastgen.selection import class_balanced, holdout_split
+from fastgen.views import evaluation_views, training_views
 
 POLICY = ShiftCrop(height_px=32, width_px=32, pad_px=4, flip=True)
 IDS = np.arange(50_000, dtype=np.int64)

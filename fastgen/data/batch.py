@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from fastgen.views import WHOLE, EpochViews, Int64, Share
+from fastgen.crops import Int64
+from fastgen.views import WHOLE, EpochViews, Share
 
 if TYPE_CHECKING:
     from fastgen.data.split import AnySplit
@@ -24,7 +25,7 @@ class Batch:
         images_NCHW: uint8 in channels-last memory; views are executed, jitter and normalisation are not.
         labels: int64 (N,).
         ids: int64 (N,), sample ids.
-        jitter: float32 (N, 4), what `augment.Jitter` shall do to each image; None: nothing.
+        jitter: float32 (N, 4), what `augment.jitter_views` shall do to each image; None: nothing.
     """
 
     images_NCHW: Tensor

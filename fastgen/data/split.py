@@ -9,22 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgen.config import DataSettings, hash_of
+from fastgen.crops import NO_JITTER, CropPolicy, JitterPolicy, ResizedCrop, ShiftCrop
 from fastgen.data.beton import Beton
 from fastgen.data.facts import Facts
 from fastgen.data.manifest import Manifest
 from fastgen.errors import UserError
-from fastgen.views import (
-    NO_JITTER,
-    CropPolicy,
-    EpochViews,
-    JitterPolicy,
-    ResizedCrop,
-    ShiftCrop,
-    class_balanced,
-    evaluation_views,
-    holdout_split,
-    training_views,
-)
+from fastgen.selection import class_balanced, holdout_split
+from fastgen.views import EpochViews, evaluation_views, training_views
 
 UInt8 = npt.NDArray[np.uint8]
 Int32 = npt.NDArray[np.int32]
