@@ -100,8 +100,8 @@ def check_losses(
     for precision, pattern in itertools.product(PRECISIONS, PATTERNS):
         found: dict[str, list[Outcome]] = {}
         for classes, rows in itertools.product(class_counts, batches):
-            z_BC, v_BC = (_logits(random, pattern, rows, classes, precision) for _ in range(2))
-            labels_B = _labels(random, pattern, z_BC)
+            z_BC, v_BC = (draw_logits(random, pattern, rows, classes, precision) for _ in range(2))
+            labels_B = draw_labels(random, pattern, z_BC)
             for outcome in _compare_losses(z_BC, v_BC, labels_B, precision, device):
                 found.setdefault(outcome.name, []).append(outcome)
         for name, outcomes in found.items():
@@ -109,7 +109,7 @@ def check_losses(
             yield Outcome(f"{name}, {precision}, {pattern}", worst_one.error, worst_one.tolerance, worst_one.where)
 
 
-def _logits(random: np.random.Generator, pattern: str, rows: int, classes: int, precision: str) -> Tensor:
+def draw_logits(random: np.random.Generator, pattern: str, rows: int, classes: int, precision: str) -> Tensor:
     """Logits (B, C) on the CPU in the given precision; rounded first, so that both sides rank the same values."""
     values_BC = 3 * random.standard_normal((rows, classes))
     if pattern == "ties":
@@ -121,7 +121,7 @@ def _logits(random: np.random.Generator, pattern: str, rows: int, classes: int, 
     return torch.from_numpy(values_BC).to(DTYPES[precision])
 
 
-def _labels(random: np.random.Generator, pattern: str, z_BC: Tensor) -> Int64:
+def draw_labels(random: np.random.Generator, pattern: str, z_BC: Tensor) -> Int64:
     rows, classes = z_BC.shape
     if pattern == "label outside top K":
         return z_BC.argmin(1).numpy()
@@ -152,13 +152,13 @@ def _compare(
     where: str,
     loss: Tensor,
     logits_BC: Tensor,
-    expected: tuple[float, Float64],
+    expected: tuple[Float64, Float64],
     precision: str,
     temperature: float = 1.0,
 ) -> Iterator[Outcome]:
-    loss64, gradient64_BC = expected
-    (gradient_BC,) = torch.autograd.grad(loss, logits_BC)
     rows, classes = logits_BC.shape
+    loss64, gradient64_BC = float(expected[0].mean()), expected[1] / rows
+    (gradient_BC,) = torch.autograd.grad(loss, logits_BC)
     where = f"C={classes} B={rows} {where}"
     size = float(logits_BC.detach().abs().max())
     yield Outcome(
@@ -170,7 +170,7 @@ def _compare(
     yield Outcome(f"gradient {name}", float(error_BC.flat[at]), float(allowed_BC.flat[at]), where)
 
 
-def _sum_roundings(count: int) -> float:
+def sum_roundings(count: int) -> float:
     """Roundings that a term goes through when `count` terms are added by at least 8 lanes side by side."""
     return 4 + count / 8
 
@@ -183,8 +183,8 @@ def loss_tolerance(loss: float, rows: int, classes: int, size: float, temperatur
     divergence): 8 times at most. The sum over classes is rounded in terms of at most 1, the mean over rows in
     terms of the loss.
     """
-    in_rows = temperature * (8 * 2 * size + temperature * _sum_roundings(classes))
-    return U32 * (in_rows + _sum_roundings(rows) * abs(loss))
+    in_rows = temperature * (8 * 2 * size + temperature * sum_roundings(classes))
+    return U32 * (in_rows + sum_roundings(rows) * abs(loss))
 
 
 def gradient_tolerance(gradient_BC: Float64, size: float, temperature: float, precision: str) -> Float64:
@@ -196,7 +196,7 @@ def gradient_tolerance(gradient_BC: Float64, size: float, temperature: float, pr
     """
     rows, classes = gradient_BC.shape
     of_quotient = 0.0 if temperature == 1 else 2 * size / temperature
-    in_fp32 = U32 * temperature * (4 * _sum_roundings(classes) + of_quotient) / rows
+    in_fp32 = U32 * temperature * (4 * sum_roundings(classes) + of_quotient) / rows
     smallest = torch.finfo(DTYPES[precision]).smallest_normal * U[precision]
     return in_fp32 + 2 * U[precision] * np.abs(gradient_BC) + smallest
 

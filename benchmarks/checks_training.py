@@ -25,6 +25,7 @@ from fastgen.data.facts import Facts
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.errors import Stopped
+from fastgen.grade import Graded
 from fastgen.plan import Objective
 from fastgen.step import Forward
 from fastgen.trainer import Training
@@ -93,10 +94,16 @@ def _losses(
 
 
 def _watched(forward: Forward, kept: list[Tensor]) -> Forward:
-    def watched(images_NCHW: Tensor, labels_B: Tensor, jitter_B4: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        loss, logits_BC = forward(images_NCHW, labels_B, jitter_B4)
-        kept.append(loss.detach().clone())
-        return loss, logits_BC
+    def watched(
+        images_NCHW: Tensor,
+        labels_B: Tensor,
+        jitter_B4: Tensor | None = None,
+        teacher_logits_BC: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Graded:
+        graded = forward(images_NCHW, labels_B, jitter_B4, teacher_logits_BC, scale)
+        kept.append(graded.loss_sum.clone() / len(labels_B))
+        return graded
 
     return watched
 

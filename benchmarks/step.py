@@ -45,13 +45,13 @@ from fastgen.data.facts import DATASETS, Facts
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.errors import command
+from fastgen.grade import make_grade
 from fastgen.laws import eta_for_confidence
-from fastgen.losses import make_loss
 from fastgen.meters import Meter, Stopwatch
 from fastgen.models import MODELS, build_model, initialise
 from fastgen.optim import make_optimizer
 from fastgen.plan import Objective
-from fastgen.step import DTYPES, Forward, make_forward, make_scaler
+from fastgen.step import DTYPES, Forward, make_forward, make_prepare, make_scaler
 from fastgen.tables import print_table
 from fastgen.teacher import Teacher, make_teacher
 from fastgen.trainer import Training, take_step
@@ -135,8 +135,8 @@ def make_rig(case: Case, engine: Engine, objective: Objective, loader: Loader, i
     model = fresh_network(case, init_seed).train()
     batches = endless_batches(loader, case)
     teacher = _teacher(case, next(batches)) if objective.teacher_weight else None
-    normalise = case.normaliser(DTYPES[case.precision])
-    forward = make_forward(model, make_loss(objective), teacher, normalise, train, device)
+    prepare = make_prepare(case.normaliser(DTYPES[case.precision]))
+    forward = make_forward(model, make_grade(objective), teacher, prepare, train, device)
     training = Training(
         model, make_optimizer(model, train), make_scaler(train, device), Meter(device), Stopwatch(device)
     )

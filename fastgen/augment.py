@@ -95,14 +95,18 @@ class Normaliser:
         mean, std: of each channel, in units of the full range 0..1.
         device: where batches live.
         dtype: of the result; the arithmetic is fp32.
+
+    Attributes:
+        scale_C, shift_C: float32, on the device; the result is pixel * scale + shift.
+        dtype: as above.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype) -> None:
         std_C = torch.tensor(std, dtype=torch.float64)
         mean_C = torch.tensor(mean, dtype=torch.float64)
-        self._scale_C = (1 / (255 * std_C)).float().to(device)
-        self._shift_C = (-mean_C / std_C).float().to(device)
-        self._dtype = dtype
+        self.scale_C = (1 / (255 * std_C)).float().to(device)
+        self.shift_C = (-mean_C / std_C).float().to(device)
+        self.dtype = dtype
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
         """uint8 or float32 (B, C, H, W) -> the same shape in channels-last memory, in the wanted dtype."""
@@ -110,5 +114,5 @@ class Normaliser:
         width_px = images_NHWC.shape[2]
         # Along a whole row of pixels: an inner loop over three channels is five times slower on a CPU.
         rows = images_NHWC.flatten(2).float()
-        normalised = torch.addcmul(self._shift_C.repeat(width_px), rows, self._scale_C.repeat(width_px))
-        return normalised.to(self._dtype).view(images_NHWC.shape).permute(0, 3, 1, 2)
+        normalised = torch.addcmul(self.shift_C.repeat(width_px), rows, self.scale_C.repeat(width_px))
+        return normalised.to(self.dtype).view(images_NHWC.shape).permute(0, 3, 1, 2)

@@ -150,6 +150,31 @@ class TrainSettings:
     engine: Literal["eager", "compile"] = setting(
         "eager", "compile: torch.compile of the step; seconds to start, faster afterwards"
     )
+    kernels: Literal["torch", "triton"] = setting(
+        "torch",
+        "triton: fused loss kernels, and with data.backend=resident one that makes the batches; need an NVIDIA GPU",
+    )
+    batchnorm: Literal["torch", "triton"] = setting(
+        "torch", "triton: batch-norm, residual sum and ReLU as one fused operation; needs an NVIDIA GPU"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """teacher: how a student's teacher is asked"""
+
+    engine: Literal["folded", "fused", "compile"] = setting(
+        "folded",
+        "folded: batch-norms folded into convolutions; fused: and convolutions joined with the sums and ReLUs after "
+        "them; compile: torch.compile of the folded network",
+    )
+    look_ahead_batches: int = setting(1, "batches of the student that the teacher sees at once", decides=False)
+    labels: Literal["live", "table"] = setting(
+        "live",
+        "table: the teacher labels every possible view of every image once, and the table stays beside its weights; "
+        "for data sets whose crops are not resampled",
+        decides=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +208,7 @@ class Recipe:
     model: ModelSettings
     train: TrainSettings
     gen: GenSettings = field(default_factory=GenSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
 
     def __post_init__(self) -> None:
         check_recipe(self)
@@ -225,6 +251,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelSettings,
     "train": TrainSettings,
     "gen": GenSettings,
+    "teacher": TeacherSettings,
 }
 
 

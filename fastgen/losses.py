@@ -7,6 +7,7 @@ swaps the meaning of eta and lambda.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,16 @@ from torch import Tensor
 from fastgen.laws import eta_for_confidence, ideal_confidence
 from fastgen.plan import Objective
 
-__all__ = ["Loss", "distill", "eta_for_confidence", "ideal_confidence", "make_loss", "rank", "tolerant"]
+__all__ = [
+    "Loss",
+    "distill",
+    "distill_topm",
+    "eta_for_confidence",
+    "ideal_confidence",
+    "make_loss",
+    "rank",
+    "tolerant",
+]
 
 # (logits, labels, teacher's logits or None) -> mean loss
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -83,6 +93,43 @@ def distill(
     student_log_BC = F.log_softmax(logits_BC / temperature, dim=1)
     teacher_log_BC = F.log_softmax(teacher_logits_BC / temperature, dim=1)
     divergence = F.kl_div(student_log_BC, teacher_log_BC, reduction="batchmean", log_target=True)
+    return (1 - teacher_weight) * F.cross_entropy(logits_BC, labels_B) + teacher_weight * temperature**2 * divergence
+
+
+def distill_topm(
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    classes_BM: Tensor,
+    probabilities_BM: Tensor,
+    teacher_weight: float,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`distill` beside a teacher of which M classes a row are stored; the rest of its mass is one outcome.
+
+    KL = sum_m T_m ln(T_m / P_m) + r ln(r / R): r is what the kept classes leave of the teacher, R the student's
+    probability of all other classes. Where rounded probabilities add up to more than 1 they are divided by their sum.
+
+    Args:
+        logits_BC: fp16, bf16, fp32 or fp64.
+        labels_B: int64.
+        classes_BM: int, the kept classes, no two alike in a row; M < C.
+        probabilities_BM: the teacher's, softmax at this temperature.
+        teacher_weight: lambda, in [0, 1].
+        temperature: t, above 0.
+
+    Returns:
+        Mean over the batch, fp32 (fp64 for fp64 logits).
+    """
+    logits_BC = _at_least_fp32(logits_BC)
+    kept_BM = classes_BM.long()
+    target_BM = probabilities_BM.to(logits_BC.dtype)
+    target_BM = target_BM / target_BM.sum(1, keepdim=True).clamp(min=1)
+    residual_B = (1 - target_BM.sum(1)).clamp(min=0)
+    student_log_BC = F.log_softmax(logits_BC / temperature, dim=1)
+    tail_log_B = student_log_BC.scatter(1, kept_BM, -math.inf).logsumexp(1)
+    outcomes_BO = torch.cat([student_log_BC.gather(1, kept_BM), tail_log_B[:, None]], 1)
+    targets_BO = torch.cat([target_BM, residual_B[:, None]], 1)
+    divergence = F.kl_div(outcomes_BO, targets_BO, reduction="batchmean")
     return (1 - teacher_weight) * F.cross_entropy(logits_BC, labels_B) + teacher_weight * temperature**2 * divergence
 
 

@@ -45,12 +45,12 @@ class Meter:
         self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
         self._first_bad_step = torch.full((), _NEVER, dtype=torch.int64, device=self._device)
 
-    def add(self, step: int, loss: Tensor, logits_BC: Tensor, labels_B: Tensor) -> None:
-        """Counts a step: its mean loss and its hits."""
-        self._images += len(labels_B)
-        self._loss_sum += loss.detach() * len(labels_B)
-        self._correct += (logits_BC.argmax(1) == labels_B).sum()
-        bad_step = torch.where(loss.detach().isfinite(), _NEVER, step)
+    def add(self, step: int, images: int, loss_sum: Tensor, correct: Tensor) -> None:
+        """Counts a step, or a part of one: its losses and its hits, summed over the images."""
+        self._images += images
+        self._loss_sum += loss_sum
+        self._correct += correct
+        bad_step = torch.where(loss_sum.isfinite(), _NEVER, step)
         self._first_bad_step = torch.minimum(self._first_bad_step, bad_step)
 
     def read(self) -> Reading:

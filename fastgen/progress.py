@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -84,6 +87,35 @@ class Display:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    @contextmanager
+    def passes(self, what: str, total: int, images: int) -> Iterator[Callable[[int], None]]:
+        """Shows work of `total` passes over so many images each; yields what is told how many are done.
+
+        The first number that it is told is where this session begins.
+        """
+        console = self._console
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        task = bar.add_task(what, total=total, rate="")
+        first, started, printed = -1, time.monotonic(), time.monotonic()
+
+        def passed(done: int) -> None:
+            nonlocal first, printed
+            first = done if first < 0 else first
+            seconds = max(time.monotonic() - started, 1e-9)
+            rate = (done - first) / seconds
+            text = f"{rate * images:,.0f} images/s"
+            bar.update(task, completed=done, rate=text)
+            if not console.is_terminal and (done == total or time.monotonic() - printed >= PLAIN_SECONDS):
+                printed = time.monotonic()
+                left = _clock((total - done) / rate if rate else None)
+                self.say(f"{what}: {done} of {total}  {text}  left {left}")
+
+        with bar:
+            yield passed
 
     def say(self, text: str) -> None:
         """Prints a line beside the progress."""

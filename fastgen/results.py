@@ -14,7 +14,7 @@ from fastgen.laws import confidence_for_eta, ideal_confidence
 from fastgen.meters import Stopwatch
 from fastgen.nodes import Node
 from fastgen.plan import Generation
-from fastgen.trainer import Workbench
+from fastgen.workbench import Workbench
 
 # Raised whenever the same network starts to be measured otherwise.
 MEASUREMENT_FORMAT = 4

@@ -27,6 +27,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_train(recipe.train)
     _check_together(recipe)
     _check_gen(recipe)
+    _check_teacher(recipe)
 
 
 def _require(condition: bool, text: str) -> None:
@@ -171,6 +172,33 @@ def _check_gen(recipe: Recipe) -> None:
         _require(
             weight > 0, f"gen.teacher has no say where gen.teacher_weight of generation {gen.only} is 0: give a weight"
         )
+
+
+def _check_teacher(recipe: Recipe) -> None:
+    teacher, data = recipe.teacher, recipe.data
+    _require(
+        teacher.look_ahead_batches >= 1,
+        f"teacher.look_ahead_batches = {teacher.look_ahead_batches}: give 1 or more",
+    )
+    if teacher.labels == "live":
+        return
+    _require(
+        bool(DATASETS[data.dataset].height_px),
+        f"teacher.labels = table: crops of {data.dataset} are resampled, and too many to label all: set live",
+    )
+    _require(
+        data.augment == "none" or not (data.rotation_degrees or data.pixel_shift),
+        "teacher.labels = table: rotation and pixel shifts have no end of views: set teacher.labels=live, or "
+        "data.rotation_degrees=0 and data.pixel_shift=0",
+    )
+    _require(
+        data.backend != "synthetic",
+        "teacher.labels = table: data.backend = synthetic shows images of no data set: set teacher.labels=live",
+    )
+    _require(
+        teacher.look_ahead_batches == 1,
+        "teacher.look_ahead_batches has no say with teacher.labels = table: leave one of them out",
+    )
 
 
 def _check_per_student(name: str, value: Numbers, generations: int) -> None:

@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.augment import Normaliser, jitter_views
+from fastgen.compiling import compiled
 from fastgen.config import TrainSettings
 from fastgen.crops import NO_JITTER, JitterPolicy
-from fastgen.losses import Loss
+from fastgen.grade import Grade, Graded
 from fastgen.teacher import Teacher
+
+# Images of a batch, uint8 or normalised already, and their rows of jitter or None -> what the network sees.
+Prepare = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Forward(Protocol):
     """The part of a step that autograd sees."""
 
-    def __call__(self, images_NCHW: Tensor, labels_B: Tensor, jitter_B4: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """uint8 images, labels, rows of jitter -> (mean loss, detached logits)."""
+    def __call__(
+        self,
+        images_NCHW: Tensor,
+        labels_B: Tensor,
+        jitter_B4: Tensor | None = None,
+        teacher_logits_BC: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Graded:
+        """A batch, or a part of one -> its loss, hits and where backpropagation begins.
+
+        Args:
+            images_NCHW: uint8, or normalised already.
+            labels_B: int64.
+            jitter_B4: what shall be done to each uint8 image.
+            teacher_logits_BC: where the teacher was asked before; None: it is asked now, if there is one.
+            scale: what the mean loss is multiplied with before backpropagation; None: 1.
+        """
         ...
 
-
-# torch's own; eight shapes are few for a resolution that grows.
-DEFAULT_RECOMPILE_LIMIT = 8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_forward(
     model: nn.Module,
-    loss: Loss,
+    grade: Grade,
     teacher: Teacher | None,
-    normalise: Normaliser,
+    prepare: Prepare,
     train: TrainSettings,
     device: torch.device,
-    jitter: JitterPolicy = NO_JITTER,
     shapes: int = 2,
 ) -> Forward:
     """The part of a step that autograd sees, from stored pixels to the loss.
@@ -45,35 +60,51 @@ def make_forward(
 
     Args:
         model: the student (or patriarch), fp32 parameters, in train mode.
-        loss: what it minimises.
-        teacher: gives logits for the same images; None: labels alone.
-        normalise: uint8 pixels -> the dtype of the step.
+        grade: by what it minimises.
+        teacher: gives logits for the same images; None: labels alone, or logits that come with the batch.
+        prepare: from `make_prepare`, in the dtype of the step.
         train: names precision and engine.
         device: where all of it lives.
-        jitter: what rows of jitter ask for; teacher and student see the jittered image.
         shapes: how many shapes of batches will come; engine compile compiles one of each.
     """
-    rotate = jitter.rotation_degrees > 0
     dtype = DTYPES[train.precision]
 
-    def forward(images_NCHW: Tensor, labels_B: Tensor, jitter_B4: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if jitter_B4 is not None:
-            images_NCHW = jitter_views(images_NCHW, jitter_B4, rotate=rotate)
-        inputs_NCHW = normalise(images_NCHW)
-        teacher_logits_BC = None if teacher is None else teacher(inputs_NCHW)
+    def forward(
+        images_NCHW: Tensor,
+        labels_B: Tensor,
+        jitter_B4: Tensor | None = None,
+        teacher_logits_BC: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Graded:
+        inputs_NCHW = prepare(images_NCHW, jitter_B4)
+        if teacher is not None and teacher_logits_BC is None:
+            teacher_logits_BC = teacher(inputs_NCHW)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits_BC = model(inputs_NCHW)
-        return loss(logits_BC, labels_B, teacher_logits_BC), logits_BC.detach()
+        return grade(logits_BC, labels_B, teacher_logits_BC, scale)
 
     if train.engine == "compile":
-        # Where CUDA's compiler is installed and no GPU is, torch warns of it on every start.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        # Past its limit of compilations torch would go on in eager mode and only log it.
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        torch._dynamo.config.recompile_limit = max(DEFAULT_RECOMPILE_LIMIT, shapes)
-        # Two batch sizes at most, the full and the last one, times the resolutions: static shapes make faster code.
-        return torch.compile(forward, dynamic=False)
+        return compiled(forward, shapes)
     return forward
+
+
+def make_prepare(normalise: Normaliser, jitter: JitterPolicy = NO_JITTER) -> Prepare:
+    """What stands between a loader's images and the network: jitter, then normalisation.
+
+    Args:
+        normalise: pixels -> the dtype of the step.
+        jitter: what rows of jitter ask for.
+    """
+    rotate = jitter.rotation_degrees > 0
+
+    def prepare(images_NCHW: Tensor, jitter_B4: Tensor | None) -> Tensor:
+        if images_NCHW.dtype != torch.uint8:
+            return images_NCHW
+        if jitter_B4 is None:
+            return normalise(images_NCHW)
+        return normalise(jitter_views(images_NCHW, jitter_B4, rotate=rotate))
+
+    return prepare
 
 
 def make_scaler(train: TrainSettings, device: torch.device) -> torch.amp.GradScaler:

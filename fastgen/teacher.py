@@ -2,17 +2,61 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fastgen.compiling import compiled
+from fastgen.folding import LayerChoice, choose_variants, fold, fuse
+
+# Prepared images (B, C, H, W) -> logits (B, classes), without gradient.
 Teacher = Callable[[Tensor], Tensor]
+TeacherEngine = Literal["folded", "fused", "compile"]
 
 
-def make_teacher(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Teacher:
+@dataclass(frozen=True)
+class FrozenTeacher:
+    """A teacher that was made of a trained network.
+
+    Attributes:
+        network: runs it.
+        engine: how.
+        layers: of engine `fused`: what each convolution runs.
+    """
+
+    network: Teacher
+    engine: TeacherEngine
+    layers: tuple[LayerChoice, ...] = ()
+
+    def __call__(self, images_NCHW: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) -> logits (B, classes)."""
+        # Not inference_mode: its tensors may not enter the student's loss.
+        with torch.no_grad():
+            return self.network(images_NCHW)
+
+    @property
+    def how(self) -> str:
+        """For the record."""
+        if not self.layers:
+            return self.engine
+        counts = Counter(layer.variant for layer in self.layers)
+        return f"{self.engine} ({', '.join(f'{count} {variant}' for variant, count in sorted(counts.items()))})"
+
+
+def make_teacher(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    engine: TeacherEngine = "folded",
+    *,
+    shape: Sequence[int] | None = None,
+    timed: bool = True,
+    shapes: int = 2,
+) -> FrozenTeacher:
     """A frozen copy-free teacher with its batch-norms folded into the convolutions before them.
 
     Folding and casting once takes a fifth off the teacher's cost; the folded network equals the
@@ -22,50 +66,24 @@ def make_teacher(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
         model: with its weights loaded; it is changed and must not be used for anything else.
         device: where it runs.
         dtype: of its weights and of the images that it is given.
+        engine: `folded`: plain PyTorch, which torch.compile takes as part of a step; `fused`: sums and ReLUs joined
+            with the convolutions before them, by operators of cuDNN or oneDNN; `compile`: torch.compile of the folded.
+        shape: (B, C, H, W) of the images that it will be given most; `fused` tries its operators on it.
+        timed: `fused`: take in each layer what is faster on a GPU; False: fused wherever it works, so that runs repeat.
+        shapes: `compile`: how many shapes of batches will come.
 
     Returns:
         Function of normalised images (B, C, H, W) that gives logits (B, classes) without gradient.
     """
     model.eval().requires_grad_(False)
-    fold_batchnorm(model)
-    model = model.to(device, dtype).to(memory_format=torch.channels_last)
-
-    def teach(images_NCHW: Tensor) -> Tensor:
-        # Not inference_mode: its tensors may not enter the student's loss.
-        with torch.no_grad():
-            logits_BC: Tensor = model(images_NCHW)
-        return logits_BC
-
-    return teach
-
-
-def fold_batchnorm(model: nn.Module) -> int:
-    """Folds every batch-norm into the convolution whose output it takes, in place.
-
-    The pairs are those that torchvision's and our ResNets name alike: `conv1` and `bn1` of one
-    module, or neighbours in a Sequential. A batch-norm that stands before its convolution stays.
-
-    Returns:
-        Number of folded pairs.
-    """
-    folded = 0
-    for parent in list(model.modules()):
-        for conv_name, bn_name in _pairs(parent):
-            conv, bn = getattr(parent, conv_name), getattr(parent, bn_name)
-            setattr(parent, conv_name, fuse_conv_bn_eval(conv, bn))
-            setattr(parent, bn_name, nn.Identity())
-            folded += 1
-    return folded
-
-
-def _pairs(parent: nn.Module) -> list[tuple[str, str]]:
-    children = dict(parent.named_children())
-    names = list(children)
-    candidates = [(name, name.replace("conv", "bn")) for name in names if name.startswith("conv")]
-    if isinstance(parent, nn.Sequential):
-        candidates += itertools.pairwise(names)
-    return [
-        (conv, bn)
-        for conv, bn in candidates
-        if isinstance(children.get(conv), nn.Conv2d) and isinstance(children.get(bn), nn.BatchNorm2d)
-    ]
+    network, _ = fold(model)
+    network = network.to(device, dtype).to(memory_format=torch.channels_last)
+    if engine == "compile":
+        return FrozenTeacher(compiled(network, shapes), engine)
+    if engine == "folded":
+        return FrozenTeacher(network, engine)
+    if shape is None:
+        raise ValueError("engine fused needs the shape of a batch, to try its operators on")
+    # By the clock on a GPU alone: a CPU's runs repeat bit for bit, and a choice by the clock would not.
+    layers = choose_variants(fuse(network), shape, timed=timed and device.type == "cuda")
+    return FrozenTeacher(network, engine, layers)

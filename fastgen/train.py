@@ -28,7 +28,8 @@ from fastgen.record import Recorder, RunFolder, open_run
 from fastgen.results import Results
 from fastgen.stop import StopRequest
 from fastgen.tables import confidence_table, error_table, print_table
-from fastgen.trainer import Workbench, train_generation
+from fastgen.trainer import train_generation
+from fastgen.workbench import Workbench
 
 Plan = tuple[Generation, ...]
 

@@ -12,42 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastgen.augment import Normaliser
 from fastgen.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from fastgen.config import Recipe, TrainSettings
-from fastgen.data.batch import Batch, Loader
+from fastgen.config import TrainSettings
+from fastgen.data.batch import Batch
 from fastgen.data.split import Dataset
 from fastgen.environment import describe_environment
 from fastgen.errors import Diverged, MachineError, UserError
-from fastgen.evaluate import evaluation_normaliser, load_network, measure
-from fastgen.losses import make_loss
+from fastgen.evaluate import evaluation_normaliser, measure
+from fastgen.grade import make_grade
 from fastgen.meters import Meter, Reading, Stopwatch
 from fastgen.models import build_model, initialise
 from fastgen.nodes import Node, locked
 from fastgen.optim import make_optimizer, set_lr
 from fastgen.plan import Generation
-from fastgen.record import Recorder
 from fastgen.schedule import Schedule, make_schedule, resolution_px
 from fastgen.shapes import part_bounds, training_shapes
-from fastgen.step import DTYPES, Forward, make_forward, make_scaler
-from fastgen.stop import StopRequest
-from fastgen.teacher import Teacher, make_teacher
+from fastgen.step import Forward, make_forward, make_scaler
+from fastgen.supply import Supply, make_supply
 from fastgen.views import EpochViews
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """What all generations of a run share."""
-
-    recipe: Recipe
-    dataset: Dataset
-    device: torch.device
-    train_loader: Loader
-    evaluation_loader: Loader
-    recorder: Recorder
-    stop: StopRequest
+from fastgen.workbench import Workbench
 
 
 @dataclass
@@ -85,17 +70,17 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
         schedule = make_schedule(train, len(dataset.train))
         training = _start(bench, generation)
         with training.stopwatch.phase("warm_up"):
-            teacher = _load_teacher(bench, teacher_weights)
             shapes = training_shapes(bench.recipe, dataset, schedule)
-            forward = _make_forward(bench, training, generation, teacher, len(shapes))
-            _warm_up(bench, training, forward, shapes)
+            supply = make_supply(bench, generation, teacher_weights, training.stopwatch, len(shapes))
+            forward = _make_forward(bench, training, generation, supply, len(shapes))
+            _warm_up(bench, training, forward, supply, shapes)
         _resume(training, node)
         _announce(bench, generation, node, schedule, training)
 
         for epoch, views in _epochs(bench, generation, training, schedule):
             first_batch = training.step % schedule.steps_per_epoch
             with training.stopwatch.phase("train"):
-                for batch in bench.train_loader.batches(views, train.batch_size, first_batch):
+                for batch in supply.loader.batches(views, train.batch_size, first_batch):
                     take_step(training, forward, batch, schedule.lr(training.step), train.accumulate_steps)
                     bench.recorder.stepped(training.step)
                     if training.step % schedule.steps_per_epoch == 0:
@@ -108,7 +93,7 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
             _end_epoch(bench, training, epoch, reading)
             if epoch + 1 < train.epochs:
                 _pause(bench, training, views, node)
-        _finish(bench, generation, training, node)
+        _finish(bench, generation, training, node, supply)
 
 
 def _epochs(
@@ -143,27 +128,34 @@ def take_step(training: Training, forward: Forward, batch: Batch, lr: float, acc
     training.optimizer.zero_grad()
     images = len(batch.labels)
     for part in _parts(batch, accumulate_steps):
-        loss, logits_BC = forward(part.images_NCHW, part.labels, part.jitter)
-        share = len(part.labels) / images
-        training.scaler.scale(loss if share == 1 else loss * share).backward()
-        training.meter.add(training.step, loss, logits_BC, part.labels)
+        share = None if accumulate_steps == 1 else len(part.labels) / images
+        scale = _scale(training.scaler, share, part.labels.device)
+        graded = forward(part.images_NCHW, part.labels, part.jitter, part.teacher_logits_BC, scale)
+        torch.autograd.backward(graded.root, graded.gradient)
+        training.meter.add(training.step, len(part.labels), graded.loss_sum, graded.correct)
     training.scaler.step(training.optimizer)
     training.scaler.update()
     training.step += 1
 
 
+def _scale(scaler: torch.amp.GradScaler, share: float | None, device: torch.device) -> Tensor | None:
+    """What the mean loss of a part, or (None) of the whole batch, counts in the gradient; None: once."""
+    if share is None and not scaler.is_enabled():
+        return None
+    # A tensor and not a number: compiled code has no constants then that change with the size of a part.
+    return scaler.scale(torch.full((), 1.0 if share is None else share, dtype=torch.float64, device=device))
+
+
 def _parts(batch: Batch, count: int) -> Iterator[Batch]:
-    if count == 1:
-        yield batch
-        return
-    for begin, end in itertools.pairwise(part_bounds(len(batch.labels), count)):
-        part = slice(begin, end)
-        jitter = None if batch.jitter is None else batch.jitter[part]
-        yield Batch(batch.images_NCHW[part], batch.labels[part], batch.ids[part], jitter)
+    bounds = part_bounds(len(batch.labels), count)
+    return (batch[begin:end] for begin, end in itertools.pairwise(bounds))
 
 
 def _start(bench: Workbench, generation: Generation) -> Training:
     recipe, facts = bench.recipe, bench.dataset.facts
+    if "compile" in (recipe.train.engine, recipe.teacher.engine):
+        # The code of the generation before is of no more use, and counts towards torch's limit of compilations.
+        torch.compiler.reset()
     model = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
     initialise(model, generation.init_seed)
     model = model.to(bench.device).to(memory_format=torch.channels_last).train()
@@ -173,39 +165,34 @@ def _start(bench: Workbench, generation: Generation) -> Training:
     )
 
 
-def _load_teacher(bench: Workbench, weights: Path | None) -> Teacher | None:
-    if weights is None:
-        return None
-    model = load_network(bench.recipe, bench.dataset, weights, bench.device)
-    return make_teacher(model, bench.device, DTYPES[bench.recipe.train.precision])
+def _make_forward(bench: Workbench, training: Training, generation: Generation, supply: Supply, shapes: int) -> Forward:
+    train = bench.recipe.train
+    grade = make_grade(generation.objective, fused=train.kernels == "triton")
+    return make_forward(training.model, grade, supply.live_teacher, supply.prepare, train, bench.device, shapes)
 
 
-def _make_forward(
-    bench: Workbench, training: Training, generation: Generation, teacher: Teacher | None, shapes: int
-) -> Forward:
-    facts, train = bench.dataset.facts, bench.recipe.train
-    if train.engine == "compile":
-        # The code of the generation before is of no more use, and counts towards torch's limit of compilations.
-        torch.compiler.reset()
-    normalise = Normaliser(facts.mean, facts.std, bench.device, DTYPES[train.precision])
-    loss, jitter = make_loss(generation.objective), bench.dataset.crop.jitter
-    return make_forward(training.model, loss, teacher, normalise, train, bench.device, jitter, shapes)
-
-
-def _warm_up(bench: Workbench, training: Training, forward: Forward, shapes: Sequence[tuple[int, int, int]]) -> None:
+def _warm_up(
+    bench: Workbench, training: Training, forward: Forward, supply: Supply, shapes: Sequence[tuple[int, int, int]]
+) -> None:
     """Compiles, and lets libraries choose their algorithms, on blank images; changes no state."""
     before = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
-    jitter_4 = torch.zeros(4, device=bench.device) if bench.dataset.crop.jitter.active else None
     for count, height_px, width_px in shapes:
-        shape = (count, bench.dataset.facts.channels, height_px, width_px)
-        blank = torch.zeros(shape, dtype=torch.uint8, device=bench.device)
-        labels = torch.zeros(count, dtype=torch.int64, device=bench.device)
-        jitter = None if jitter_4 is None else jitter_4.repeat(count, 1)
-        loss, _ = forward(blank.contiguous(memory_format=torch.channels_last), labels, jitter)
-        loss.backward()
+        part = supply.dress(_blank(bench, count, height_px, width_px))
+        scale = _scale(training.scaler, None if bench.recipe.train.accumulate_steps == 1 else 1.0, bench.device)
+        graded = forward(part.images_NCHW, part.labels, part.jitter, part.teacher_logits_BC, scale)
+        torch.autograd.backward(graded.root, graded.gradient)
     training.optimizer.zero_grad()
     for name, buffer in training.model.named_buffers():
         buffer.copy_(before[name])
+
+
+def _blank(bench: Workbench, count: int, height_px: int, width_px: int) -> Batch:
+    """Black images of class 0, as the data set's loader would give them."""
+    shape = (count, bench.dataset.facts.channels, height_px, width_px)
+    images_NCHW = torch.zeros(shape, dtype=torch.uint8, device=bench.device)
+    numbers = torch.zeros(count, dtype=torch.int64, device=bench.device)
+    jitter = torch.zeros((count, 4), device=bench.device) if bench.dataset.crop.jitter.active else None
+    return Batch(images_NCHW.contiguous(memory_format=torch.channels_last), numbers, numbers, jitter)
 
 
 def _resume(training: Training, node: Node) -> None:
@@ -321,7 +308,7 @@ def _evaluate(bench: Workbench, model: nn.Module) -> dict[str, float]:
     return {"top1_error": measured.top1_error, "top5_error": measured.top5_error}
 
 
-def _finish(bench: Workbench, generation: Generation, training: Training, node: Node) -> None:
+def _finish(bench: Workbench, generation: Generation, training: Training, node: Node, supply: Supply) -> None:
     recipe, facts = bench.recipe, bench.dataset.facts
     _require_finite_weights(training.model, training.step)
     description = {
@@ -343,11 +330,12 @@ def _finish(bench: Workbench, generation: Generation, training: Training, node: 
         "seconds": seconds,
         "environment": describe_environment(bench.device),
         "path": {
-            "views": recipe.data.backend,
+            "views": supply.views,
             "pixels": bench.dataset.pixels,
             "step": recipe.train.engine,
-            "loss": "torch",
-            "teacher": "torch, batch-norm folded" if generation.teacher else None,
+            "loss": recipe.train.kernels,
+            "batchnorm": recipe.train.batchnorm,
+            "teacher": supply.lessons,
             "optimizer": "torch SGD, fused",
         },
         "history": training.history,

@@ -10,7 +10,8 @@ from fastgen.config import TrainSettings
 from fastgen.crops import JitterPolicy, ShiftCrop
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
-from fastgen.step import make_forward
+from fastgen.grade import plain
+from fastgen.step import make_forward, make_prepare
 from fastgen.views import training_views
 
 CPU = torch.device("cpu")
@@ -89,9 +90,8 @@ def test_teacher_and_student_see_the_jittered_view():
     jitter = torch.tensor([[9.0, 10, -10, 5]] * 4)
     normalise = Normaliser((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), CPU, torch.float32)
     train = TrainSettings(epochs=1)
-    forward = make_forward(
-        Student(), lambda z, y, v: (z - v).sum(), teacher, normalise, train, CPU, JitterPolicy(rotation_degrees=10)
-    )
+    prepare = make_prepare(normalise, JitterPolicy(rotation_degrees=10))
+    forward = make_forward(Student(), plain(lambda z, y, v: (z - v).sum()), teacher, prepare, train, CPU)
     forward(images, torch.zeros(4, dtype=torch.int64), jitter)
     assert torch.equal(seen["student"], seen["teacher"])
     assert torch.equal(seen["student"], normalise(jitter_views(images, jitter, rotate=True)))

@@ -10,12 +10,13 @@ from torch import nn
 
 from fastgen.augment import Normaliser
 from fastgen.config import ModelSettings, TrainSettings
+from fastgen.grade import plain
 from fastgen.losses import distill
 from fastgen.models import MODELS, build_model, initialise, parameter_count
 from fastgen.models.resnet_cifar import CifarResNet
 from fastgen.optim import make_optimizer
-from fastgen.step import make_forward
-from fastgen.teacher import fold_batchnorm, make_teacher
+from fastgen.step import make_forward, make_prepare
+from fastgen.teacher import make_teacher
 
 CPU = torch.device("cpu")
 
@@ -216,27 +217,6 @@ def folding_error(layers, fan_in, size):
     return 2 * layers * math.sqrt(fan_in + 1) * 2.0**-24 * size
 
 
-@pytest.mark.parametrize(
-    ("name", "downsample", "pairs"),
-    [("resnet8", "pooled", 7), ("resnet20", "strided", 19), ("resnet56", "strided", 55)],
-)
-def test_a_folded_network_equals_the_network_in_eval_mode(name, downsample, pairs):
-    model, folded = (trained_looking(network(name, downsample=downsample)).eval() for _ in range(2))
-    assert fold_batchnorm(folded) == pairs
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    with torch.no_grad():
-        expected, found = model.double()(some_images(dtype=torch.float64)), folded(some_images()).double()
-    assert (found - expected).abs().max() < folding_error(pairs + 1, 576, expected.abs().max().item())
-    # What is compared depends on the images: the differences between rows are far above the tolerance.
-    assert expected.std(0).min() > 1e-3 * expected.abs().max()
-
-
-def test_a_batchnorm_before_its_convolution_stays():
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
-    assert fold_batchnorm(model) == 1
-    assert [type(layer).__name__ for layer in model] == ["BatchNorm2d", "ReLU", "Conv2d", "Identity"]
-
-
 def test_the_teacher_is_in_eval_mode_and_frozen_whatever_it_was():
     model = trained_looking(network()).train()
     reference = trained_looking(network()).eval()
@@ -292,13 +272,18 @@ def test_teacher_and_student_see_the_same_tensor():
 
     train = TrainSettings(epochs=1)
     normalise = Normaliser((0.5,) * 3, (0.25,) * 3, CPU, torch.float32)
-    forward = make_forward(Student(), lambda z, y, v: distill(z, y, v, 0.6), teach, normalise, train, CPU)
+    grade = plain(lambda z, y, v: distill(z, y, v, 0.6))
+    forward = make_forward(Student(), grade, teach, make_prepare(normalise), train, CPU)
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    loss, logits = forward(images, torch.arange(4))
+    graded = forward(images, torch.arange(4))
     assert seen[0] is seen[1]
     assert torch.equal(seen[0], normalise(images))
-    assert loss.requires_grad
-    assert not logits.requires_grad
+    assert graded.root.requires_grad
+    assert not graded.loss_sum.requires_grad
+    # Images that come prepared, with the teacher's logits, are neither prepared nor labelled again.
+    again = forward(normalise(images), torch.arange(4), None, torch.zeros(4, 10))
+    assert len(seen) == 3
+    assert torch.equal(again.loss_sum, graded.loss_sum)
 
 
 def test_the_first_step_may_overflow_in_fp16():
@@ -324,5 +309,5 @@ def test_as_many_compilations_are_allowed_as_shapes_will_come(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     normalise = Normaliser((0.5,) * 3, (0.5,) * 3, CPU, torch.float32)
     train = TrainSettings(epochs=1, engine="compile")
-    make_forward(torch.nn.Identity(), lambda z, y, v: z.sum(), None, normalise, train, CPU, shapes=11)
+    make_forward(torch.nn.Identity(), plain(lambda z, y, v: z.sum()), None, make_prepare(normalise), train, CPU, 11)
     assert torch._dynamo.config.recompile_limit == 11

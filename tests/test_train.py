@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgen import trainer
+from fastgen import supply, trainer
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import Stopped, UserError
 from fastgen.evaluate import main as evaluate_main
@@ -161,18 +162,18 @@ def test_students_start_fresh(finished, monkeypatch):
 
 def test_teacher_and_student_see_the_same_pixels(finished, monkeypatch):
     seen: dict[str, list[torch.Tensor]] = {"teacher": [], "student": []}
-    original = trainer.make_teacher
+    original = supply.make_teacher
 
-    def recorded(model, device, dtype):
-        teach = original(model, device, dtype)
+    def recorded(*words, **options):
+        teach = original(*words, **options)
 
-        def teacher(images_NCHW):
+        def network(images_NCHW):
             seen["teacher"].append(images_NCHW.clone())
             return teach(images_NCHW)
 
-        return teacher
+        return replace(teach, network=network)
 
-    monkeypatch.setattr(trainer, "make_teacher", recorded)
+    monkeypatch.setattr(supply, "make_teacher", recorded)
     build = trainer.build_model
 
     def watched(*arguments):

@@ -72,4 +72,4 @@ def build_loader(recipe: Recipe, dataset: Dataset, split: AnySplit, device: torc
 
     if not isinstance(split, Split):
         raise TypeError("the resident loader takes images in memory, not files")
-    return ResidentLoader(split, dataset.facts.pad_px, device)
+    return ResidentLoader(split, dataset.facts.pad_px, device, kernels=recipe.train.kernels == "triton")

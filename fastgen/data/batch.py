@@ -22,16 +22,25 @@ class Batch:
     """Samples of one step, on the device.
 
     Attributes:
-        images_NCHW: uint8 in channels-last memory; views are executed, jitter and normalisation are not.
+        images_NCHW: in channels-last memory; views are executed. uint8: jitter and normalisation are still to come;
+            else they are done.
         labels: int64 (N,).
         ids: int64 (N,), sample ids.
         jitter: float32 (N, 4), what `augment.jitter_views` shall do to each image; None: nothing.
+        teacher_logits_BC: of these very views, where the teacher was asked before; else None.
     """
 
     images_NCHW: Tensor
     labels: Tensor
     ids: Tensor
     jitter: Tensor | None = None
+    teacher_logits_BC: Tensor | None = None
+
+    def __getitem__(self, part: slice) -> Batch:
+        """Some of the samples."""
+        jitter = None if self.jitter is None else self.jitter[part]
+        teacher_logits_BC = None if self.teacher_logits_BC is None else self.teacher_logits_BC[part]
+        return Batch(self.images_NCHW[part], self.labels[part], self.ids[part], jitter, teacher_logits_BC)
 
 
 class Loader(Protocol):

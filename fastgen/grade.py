@@ -1,0 +1,77 @@
+"""What a batch's logits are worth: loss, hits, and where backpropagation begins. Plain PyTorch, or fused kernels.
+
+Plain: backpropagation begins at the loss. Fused: one kernel has computed the gradient of the logits already, so it
+begins there, and no operator is spent on the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen.losses import Loss, make_loss
+from fastgen.plan import Objective
+
+
+class Graded(NamedTuple):
+    """Of a batch, or of a part of one; `torch.autograd.backward(root, gradient)` completes it.
+
+    Attributes:
+        loss_sum: (), over the samples, without gradient.
+        correct: (), samples whose label ranks first.
+        root: where backpropagation begins.
+        gradient: what it begins with; None: 1.
+    """
+
+    loss_sum: Tensor
+    correct: Tensor
+    root: Tensor
+    gradient: Tensor | None
+
+
+# (logits (B, C), labels (B,), the teacher's logits or None, what the mean loss is multiplied with or None) -> Graded
+Grade = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Graded]
+
+
+def make_grade(objective: Objective, *, fused: bool = False) -> Grade:
+    """Grades by a generation's objective.
+
+    Args:
+        objective: of the generation.
+        fused: by the Triton kernels, which differ from plain PyTorch by rounding alone.
+    """
+    return _fused(objective) if fused else plain(make_loss(objective))
+
+
+def plain(loss: Loss) -> Grade:
+    """Grades by a mean loss in plain PyTorch."""
+
+    def grade(logits_BC: Tensor, labels_B: Tensor, teacher_logits_BC: Tensor | None, scale: Tensor | None) -> Graded:
+        mean = loss(logits_BC, labels_B, teacher_logits_BC)
+        correct = (logits_BC.detach().argmax(1) == labels_B).sum()
+        gradient = None if scale is None else scale.to(mean.dtype)
+        return Graded(mean.detach() * len(labels_B), correct, mean, gradient)
+
+    return grade
+
+
+def _fused(objective: Objective) -> Grade:
+    from fastgen.kernels.distill import distill_rows
+    from fastgen.kernels.rows import LOSS, TOP1
+    from fastgen.kernels.tolerant import tolerant_rows
+
+    def grade(logits_BC: Tensor, labels_B: Tensor, teacher_logits_BC: Tensor | None, scale: Tensor | None) -> Graded:
+        z_BC, weight = logits_BC.detach(), 1 / len(labels_B)
+        scale = None if scale is None else scale.to(torch.float32)
+        if teacher_logits_BC is None:
+            rows_4B, gradient_BC = tolerant_rows(z_BC, labels_B, objective.eta, objective.k, scale, weight)
+        else:
+            wanted = objective.teacher_weight, objective.temperature
+            rows_4B, gradient_BC = distill_rows(z_BC, labels_B, teacher_logits_BC, *wanted, scale, weight)
+        sums_4 = rows_4B.sum(1)
+        return Graded(sums_4[LOSS], sums_4[TOP1], logits_BC, gradient_BC)
+
+    return grade

@@ -1,0 +1,147 @@
+"""What the loss kernels share: one program a row of logits, which it keeps in registers.
+
+Everything is fp32 from the load on. A row beyond C classes is -inf, which is probability 0 and ranks last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+
+# The rows of `rows_4B`.
+LOSS, CONFIDENCE, TOP1, TOP5 = range(4)
+
+# Row gradients lie in [-tau, tau]; as fp16 they would lose everything below 2^-24. Powers of two are exact.
+UNIT_WEIGHT = {torch.float16: 2.0**12, torch.bfloat16: 1.0, torch.float32: 1.0}
+
+
+@triton.jit
+def load_row(logits, row, C: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """fp32 (BLOCK,): a row of logits. C and the stride are constants, or loads are not 128 bits wide."""
+    cols = tl.arange(0, BLOCK)
+    return tl.load(logits + row.to(tl.int64) * STRIDE + cols, mask=cols < C, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def softmax_row(z):
+    """Probabilities, the largest value and ln(sum of exp of the differences to it)."""
+    first = tl.max(z, 0)
+    e = tl.exp(z - first)
+    total = tl.sum(e, 0)
+    return e / total, first, tl.log(total)
+
+
+@triton.jit
+def at_index(values, index, BLOCK: tl.constexpr):
+    """values[index]."""
+    return tl.sum(tl.where(tl.arange(0, BLOCK) == index, values, 0.0), 0)
+
+
+@triton.jit
+def rank_of(z, label, z_label, BLOCK: tl.constexpr):
+    """How many classes stand before the label; among equals the lower class does."""
+    cols = tl.arange(0, BLOCK)
+    before = (z > z_label) | ((z == z_label) & (cols < label))
+    return tl.sum(before.to(tl.int32), 0)
+
+
+@triton.jit
+def store_row(rows, row, count, loss, confidence, rank):
+    """Writes loss, p_a1, top-1 hit and top-5 hit of a row into rows_4B."""
+    tl.store(rows + row, loss)
+    tl.store(rows + count + row, confidence)
+    tl.store(rows + 2 * count + row, (rank < 1).to(tl.float32))
+    tl.store(rows + 3 * count + row, (rank < 5).to(tl.float32))
+
+
+@triton.jit
+def weight_of(weight, scale, HAS_SCALE: tl.constexpr):
+    """What gradients are multiplied with: a number, times a number that only the device knows."""
+    if HAS_SCALE:
+        weight = weight * tl.load(scale)
+    return weight
+
+
+@triton.jit
+def store_gradient(gradient, row, g, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes a row of the gradient, rounded to the tensor's dtype."""
+    cols = tl.arange(0, BLOCK)
+    tl.store(gradient + row.to(tl.int64) * C + cols, g.to(gradient.dtype.element_ty), mask=cols < C)
+
+
+def block_of(classes: int) -> int:
+    """Elements that a program holds."""
+    return triton.next_power_of_2(classes)
+
+
+def warps_of(classes: int) -> int:
+    """A warp holds 256 classes in 8 registers a lane; not measured on a GPU yet."""
+    return max(1, min(8, block_of(classes) // 256))
+
+
+def require_rows(logits_BC: Tensor, labels_B: Tensor, teacher_logits_BC: Tensor | None = None) -> None:
+    """Refuses what the kernels would read wrongly.
+
+    Raises:
+        ValueError: shapes, dtypes or strides are not those that the docstrings promise.
+    """
+    if logits_BC.ndim != 2 or labels_B.shape != logits_BC.shape[:1] or labels_B.dtype != torch.int64:
+        raise ValueError(
+            f"logits {tuple(logits_BC.shape)} and labels {tuple(labels_B.shape)} {labels_B.dtype}: "
+            "give (B, C) and int64 (B,)"
+        )
+    for name, tensor in (("logits", logits_BC), ("the teacher's logits", teacher_logits_BC)):
+        if tensor is None:
+            continue
+        if tensor.shape != logits_BC.shape or tensor.device != logits_BC.device:
+            raise ValueError(f"{name} are {tuple(tensor.shape)} on {tensor.device}: give both alike")
+        if tensor.dtype not in UNIT_WEIGHT:
+            raise ValueError(f"{name} are {tensor.dtype}: give fp16, bf16 or fp32")
+        if tensor.stride(1) != 1:
+            raise ValueError(f"{name} have stride {tensor.stride(1)} between classes: give rows that are contiguous")
+
+
+def empty_rows(logits_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs of a loss kernel: rows_4B fp32, gradient_BC dense in the logits' dtype."""
+    rows_4B = logits_BC.new_empty((4, logits_BC.shape[0]), dtype=torch.float32)
+    return rows_4B, torch.empty_like(logits_BC, memory_format=torch.contiguous_format)
+
+
+# An operator without a derivative of its own: differentiating twice raises instead of being wrong.
+@torch.library.custom_op("fastgen::scale_rows", mutates_args=())
+def scale_rows(gradient_BC: Tensor, factor_B: Tensor, weight: float) -> Tensor:
+    """gradient_BC[b] * factor_B[b] * weight, computed in fp32, in the gradient's dtype."""
+    return (gradient_BC.float() * (factor_B * weight)[:, None]).to(gradient_BC.dtype)
+
+
+@scale_rows.register_fake
+def _(gradient_BC: Tensor, factor_B: Tensor, weight: float) -> Tensor:
+    return torch.empty_like(gradient_BC)
+
+
+def make_differentiable(op: CustomOpDef) -> None:
+    """Teaches autograd that the stored gradient is the derivative of the losses in rows_4B[LOSS].
+
+    Args:
+        op: (logits_BC, ..., scale, weight) -> (rows_4B, gradient_BC). The other rows are numbers to look at: no
+            gradient flows from them.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *_, ctx.scale, ctx.weight = inputs
+        ctx.others = len(inputs) - 1
+        ctx.save_for_backward(output[1])
+
+    def backward(ctx: Any, grad_rows_4B: Tensor, grad_gradient_BC: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.scale is not None:
+            raise RuntimeError("a scaled gradient is handed to torch.autograd.backward, not differentiated")
+        (gradient_BC,) = ctx.saved_tensors
+        factor_B = grad_rows_4B[LOSS].contiguous()
+        return scale_rows(gradient_BC, factor_B, 1 / ctx.weight), *(ctx.others * [None])
+
+    op.register_autograd(backward, setup_context=keep)

@@ -1,0 +1,100 @@
+"""Loaders whose batches bring the teacher's logits along: from a look ahead, or from a table of labels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fastgen.data.batch import Batch, Loader, to_device
+from fastgen.labels import LabelTable
+from fastgen.step import Prepare
+from fastgen.teacher import Teacher
+from fastgen.views import WHOLE, EpochViews, Share, batch_positions
+
+
+class LookAhead:
+    """Asks the teacher for several batches at once: fewer, larger passes.
+
+    A teacher in eval mode treats each image by itself, so its logits are those of a live teacher, but for what
+    libraries' arithmetic depends on the size of a batch. Batches are grouped by their number in the epoch, so a run
+    that was stopped forms the same groups again.
+
+    Args:
+        loader: of the student's batches.
+        teacher: see `teacher.make_teacher`.
+        prepare: what the student sees of an image, and the teacher too.
+        count: batches that the teacher sees at once.
+    """
+
+    def __init__(self, loader: Loader, teacher: Teacher, prepare: Prepare, count: int) -> None:
+        self._loader = loader
+        self._teacher = teacher
+        self._prepare = prepare
+        self._count = count
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def batches(
+        self, views: EpochViews, batch_size: int, first_batch: int = 0, share: Share = WHOLE
+    ) -> Iterator[Batch]:
+        """See `Loader.batches`; images are prepared, jitter included."""
+        skipped = first_batch % self._count
+        found = self._loader.batches(views, batch_size, first_batch - skipped, share)
+        # islice asks for no batch beyond the group: the loader's own look ahead is enough.
+        while group := list(itertools.islice(found, self._count)):
+            yield from self.teach(group)[skipped:]
+            skipped = 0
+
+    def teach(self, group: Sequence[Batch]) -> list[Batch]:
+        """The same batches, prepared and with the teacher's logits."""
+        images_NCHW = torch.cat([batch.images_NCHW for batch in group])
+        drawn = [batch.jitter for batch in group if batch.jitter is not None]
+        inputs_NCHW = self._prepare(images_NCHW, torch.cat(drawn) if drawn else None)
+        sizes = [len(batch.labels) for batch in group]
+        taught = zip(group, inputs_NCHW.split(sizes), self._teacher(inputs_NCHW).split(sizes), strict=True)
+        return [
+            replace(batch, images_NCHW=inputs, jitter=None, teacher_logits_BC=logits)
+            for batch, inputs, logits in taught
+        ]
+
+    def dress(self, batch: Batch) -> Batch:
+        """A raw batch, taught in a group of its like."""
+        return self.teach([batch] * self._count)[0]
+
+
+class TableLoader:
+    """Batches with the teacher's logits from a table.
+
+    Args:
+        loader: of the student's batches, of the split that the table is of.
+        table: of its teacher.
+    """
+
+    def __init__(self, loader: Loader, table: LabelTable) -> None:
+        self._loader = loader
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def batches(
+        self, views: EpochViews, batch_size: int, first_batch: int = 0, share: Share = WHOLE
+    ) -> Iterator[Batch]:
+        """See `Loader.batches`."""
+        parts = [part for part in batch_positions(views.order, batch_size, first_batch, share) if len(part)]
+        if not parts:
+            return
+        logits_RC = self._table.logits_RC
+        rows = to_device(torch.from_numpy(self._table.rows(views)[np.concatenate(parts)]), logits_RC.device)
+        found = self._loader.batches(views, batch_size, first_batch, share)
+        for batch, mine in zip(found, rows.split([len(part) for part in parts]), strict=True):
+            yield replace(batch, teacher_logits_BC=logits_RC[mine])
+
+    def dress(self, batch: Batch) -> Batch:
+        """A raw batch with some logits of the table's shape."""
+        return replace(batch, teacher_logits_BC=self._table.logits_RC[:1].expand(len(batch.labels), -1).contiguous())
