@@ -8,7 +8,7 @@ or compiles is settled when it is first imported, which this table must not do.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -186,4 +186,12 @@ def _view_cases() -> Iterator[Case]:
 
 
 CASES = (*_loss_cases(), *_view_cases(), *_norm_cases())
-KERNELS = tuple(dict.fromkeys(case.kernel for case in CASES))
+
+
+def by_kernel(cases: Sequence[Case]) -> dict[str, list[Case]]:
+    """The cases of each kernel, kernels in the order in which they first appear."""
+    kernels = dict.fromkeys(case.kernel for case in cases)
+    return {kernel: [case for case in cases if case.kernel == kernel] for kernel in kernels}
+
+
+KERNELS = tuple(by_kernel(CASES))

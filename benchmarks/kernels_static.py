@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.common import RESULTS, ROOT, append_rows, facts_line, machine_facts
-from benchmarks.kernels_cases import CASES, KERNELS, Case
+from benchmarks.kernels_cases import CASES, KERNELS, Case, by_kernel
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.errors import FastgenError, MachineError, UserError, command
 from fastgen.tables import print_table
@@ -291,7 +291,9 @@ def breaches(case: Case, figures: Figures, budget: Mapping[str, int] | None) -> 
     """A line for each thing that is worse than the budget allows, or that must hold with any version.
 
     Args:
-        budget: None: this version of Triton has none.
+        case: its invariants are checked, too.
+        figures: as measured.
+        budget: None where this version of Triton has none; empty where the case has none.
     """
     lines = _broken_invariants(case, figures)
     if budget is None:
@@ -300,13 +302,9 @@ def breaches(case: Case, figures: Figures, budget: Mapping[str, int] | None) -> 
         return [*lines, f"{case.key}: has no budget yet; --write-budget adds it"]
     now = figures.budget
     if now["warps"] != budget["warps"]:
-        told = (
-            f"{case.key}: {now['warps']} warps, budget {budget['warps']}: not comparable; --write-budget takes it over"
-        )
-        return [*lines, told]
-    worse = {
-        name: now[name] > (1 + ALLOWED_GROWTH) * budget[name] for name in GROWING
-    }  # fmt: skip
+        told = f"{now['warps']} warps, budget {budget['warps']}: not comparable; --write-budget takes it over"
+        return [*lines, f"{case.key}: {told}"]
+    worse = {name: now[name] > (1 + ALLOWED_GROWTH) * budget[name] for name in GROWING}
     worse |= {name: now[name] > budget[name] for name in ("spill_bytes", "loads")}
     worse["widest_load_bits"] = now["widest_load_bits"] < budget["widest_load_bits"]
     return lines + [f"{case.key}: {name} {now[name]}, budget {budget[name]}" for name in now if worse.get(name)]
@@ -390,13 +388,13 @@ def _run_without_interpreter(words: Sequence[str]) -> None:
     """Interpreted kernels cannot be compiled, and Triton reads the variable when it is imported.
 
     Raises:
-        OverBudget: the other process ended with an error, which it told.
+        SystemExit: the other process ended with an error, which it told.
     """
     others = {name: value for name, value in os.environ.items() if name != INTERPRET}
     others["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [others.get("PYTHONPATH")])])
     done = subprocess.run([sys.executable, "-m", "benchmarks.kernels_static", *words], env=others)
     if done.returncode:
-        raise OverBudget(f"so ended the process without {INTERPRET}, with exit code {done.returncode}")
+        raise SystemExit(done.returncode)
 
 
 def _triton_version() -> str:
@@ -418,7 +416,7 @@ def _judge(
         OverBudget: something is worse; told line by line before.
     """
     told: list[str] = []
-    for kernel, cases in groupby(sorted(chosen, key=lambda case: KERNELS.index(case.kernel)), lambda case: case.kernel):
+    for kernel, cases in by_kernel(chosen).items():
         table = _table(kernel, "verdict")
         for case in cases:
             figures = measured[case.key]
@@ -439,7 +437,7 @@ def _explore(chosen: Sequence[Case], warps: Sequence[int], triton_version: str, 
     """What other numbers of warps would make of the cases at ImageNet's width; nothing is held against a budget."""
     wide = [case for case in chosen if " C=1000 " in case.shape]
     measured = {count: measure_all(wide, count) for count in warps}
-    for kernel, cases in groupby(wide, lambda case: case.kernel):
+    for kernel, cases in by_kernel(wide).items():
         table = _table(kernel, "all")
         for case in cases:
             for figures in (measured[count][case.key] for count in warps):
@@ -461,12 +459,7 @@ def _table(kernel: str, last: str) -> Table:
 def _cells(figures: Figures) -> list[str]:
     first = (figures.warps, figures.registers, figures.spill_bytes, figures.instructions, figures.loop_instructions)
     last = (figures.shuffles, figures.mufu, figures.barriers)
-    return [
-        *map(str, first),
-        _words(figures.loads),
-        _words(figures.stores),
-        *map(str, last),
-    ]
+    return [*map(str, first), _words(figures.loads), _words(figures.stores), *map(str, last)]
 
 
 def _words(counts: Mapping[int, int]) -> str:

@@ -394,19 +394,17 @@ def floors(counts: Sequence[Count]) -> list[Floor]:
 
 def report(counts: Sequence[Count]) -> None:
     """Prints a table of each part."""
-    for part in dict.fromkeys(count.part for count in counts):
+    for part, precision in dict.fromkeys((count.part, count.precision) for count in counts):
         chosen = [count for count in counts if count.part == part]
         phases = [phase for phase in PHASES if any(count.by_phase.get(phase) for count in chosen)]
-        table = Table(title=f"operators of a {part}", box=box.SIMPLE_HEAD, title_justify="left")
-        broken = part == "step"
-        headings = (part, "precision", *phases, "all", *(["graph breaks"] if broken else []))
-        for heading in headings:
-            table.add_column(heading, justify="left" if heading in (part, "graph breaks") else "right")
+        breaks = ["graph breaks"] if part == "step" else []
+        table = Table(title=f"operators of a {part}, {precision}", box=box.SIMPLE_HEAD, title_justify="left")
+        for heading in (part, *phases, "all", *breaks):
+            table.add_column(heading, justify="left" if heading in (part, *breaks) else "right")
         for count in chosen:
+            name = f"{count.model} {count.case}" if part == "teacher" else count.case
             numbers = [str(count.by_phase.get(phase, 0)) for phase in phases]
-            last = [count.graph_breaks or "-"] if broken else []
-            name = f"{count.model} {count.case}".strip()
-            table.add_row(name, count.precision, *numbers, str(count.operators), *last)
+            table.add_row(name, *numbers, str(count.operators), *([count.graph_breaks or "-"] if breaks else []))
         print_table(table)
 
 
@@ -432,7 +430,7 @@ def main(words: Sequence[str]) -> None:
     """The command."""
     arguments = _parse(words)
     print(facts_line(CPU))
-    print(RULE)
+    print(f"{RULE}; steps are of {arguments.model}")
     counts = [*count_losses(), *count_teachers(), *count_steps(arguments.model)]
     report(counts)
     append_rows(arguments.results / "opcount.csv", result_rows(counts))

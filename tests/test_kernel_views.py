@@ -145,9 +145,9 @@ def test_writes_its_output_and_nothing_else(dtype):
     launch(images, arguments[1][:0], arguments[2][:0], *scales, inside[:0])
     assert (memory == poison).all()
     launch(*arguments, inside)
-    assert torch.equal(inside, execute_views(*arguments, dtype))
     for zone in (memory[: guard * dtype.itemsize], memory[-guard * dtype.itemsize :]):
         assert (zone == poison).all()
+    assert torch.equal(inside, execute_views(*arguments, dtype))
     np.testing.assert_array_equal(images.cpu(), pixels_NHWC)
 
 
