@@ -38,7 +38,7 @@ from fastgen.arguments import Arguments
 from fastgen.data.batch import Batch
 from fastgen.data.facts import DATASETS
 from fastgen.errors import FastgenError, command
-from fastgen.grade import make_grade
+from fastgen.grade import Graded, make_grade
 from fastgen.meters import Meter, Stopwatch
 from fastgen.models import MODELS
 from fastgen.models.norm_act import fuse_norm_act
@@ -103,14 +103,12 @@ class Floor:
         return f"{'PASS' if self.passed else 'FAIL'}  {self.what}: {self.measured:.3g}, asked {bound} {self.asked:.3g}"
 
 
-def judge(floors: Sequence[Floor]) -> None:
-    """Prints each floor.
+def require(floors: Sequence[Floor]) -> None:
+    """Ends the command where a floor does not hold; each was told before.
 
     Raises:
         FloorMissed: one does not hold.
     """
-    for floor in floors:
-        print(floor.line())
     missed = [floor.what for floor in floors if not floor.passed]
     if missed:
         raise FloorMissed(f"{len(missed)} of {len(floors)} floors missed: {'; '.join(missed)}")
@@ -261,7 +259,7 @@ class StepKind:
     @property
     def name(self) -> str:
         """To print."""
-        teacher = f", {'label table' if self.table else 'folded teacher'}" if self.role == "student" else ""
+        teacher = f", {'table' if self.table else 'folded'}" if self.role == "student" else ""
         return f"{self.role}{teacher}, kernels={self.kernels}, batchnorm={self.batchnorm}"
 
     @property
@@ -328,9 +326,15 @@ def _count_step(model: str, kind: StepKind, network: nn.Module, teacher: Teacher
 
 
 def _marking(forward: Forward, counter: OperatorCounter) -> Forward:
-    def marked(*words: Any) -> Any:
+    def marked(
+        images_NCHW: Tensor,
+        labels_B: Tensor,
+        jitter_B4: Tensor | None = None,
+        teacher_logits_BC: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Graded:
         counter.phase = "forward"
-        graded = forward(*words)
+        graded = forward(images_NCHW, labels_B, jitter_B4, teacher_logits_BC, scale)
         counter.phase = "backward"
         return graded
 
@@ -434,7 +438,9 @@ def main(words: Sequence[str]) -> None:
     counts = [*count_losses(), *count_teachers(), *count_steps(arguments.model)]
     report(counts)
     append_rows(arguments.results / "opcount.csv", result_rows(counts))
-    judge(floors(counts))
+    for floor in floors(counts):
+        print(floor.line())
+    require(floors(counts))
 
 
 def _parse(words: Sequence[str]) -> Any:

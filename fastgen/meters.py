@@ -42,7 +42,8 @@ class Meter:
         """Starts an epoch."""
         self._images = 0
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        # A whole number; kernels count in floating point.
+        self._correct = torch.zeros((), dtype=torch.float64, device=self._device)
         self._first_bad_step = torch.full((), _NEVER, dtype=torch.int64, device=self._device)
 
     def add(self, step: int, images: int, loss_sum: Tensor, correct: Tensor) -> None:

@@ -43,6 +43,7 @@ def main(words: Sequence[str]) -> None:
         print(describe(plan))
         return
     device = choose_device(recipe.run)
+    _require_kernels(recipe, device)
     _require_teachers(recipe, plan)
     with StopRequest() as stop, open_run(recipe, plan, device) as folder:
         console = PatientConsole()
@@ -124,6 +125,15 @@ def _teacher_weights(recipe: Recipe, generation: Generation) -> Path | None:
             f"the teacher of generation {generation.index} ({generation.teacher}) is not in {recipe.run.nodes}"
         )
     return teacher.weights
+
+
+def _require_kernels(recipe: Recipe, device: torch.device) -> None:
+    """Triton's kernels must be able to run before anything is begun."""
+    for key in ("kernels", "batchnorm"):
+        if getattr(recipe.train, key) == "triton":
+            from fastgen.kernels.runtime import require_runnable
+
+            require_runnable(device, f"train.{key}")
 
 
 def _require_teachers(recipe: Recipe, plan: Plan) -> None:

@@ -159,6 +159,10 @@ def _start(bench: Workbench, generation: Generation) -> Training:
     model = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
     initialise(model, generation.init_seed)
     model = model.to(bench.device).to(memory_format=torch.channels_last).train()
+    if recipe.train.batchnorm == "triton":
+        from fastgen.models.norm_act import fuse_norm_act
+
+        model = fuse_norm_act(model)
     optimizer = make_optimizer(model, recipe.train)
     return Training(
         model, optimizer, make_scaler(recipe.train, bench.device), Meter(bench.device), Stopwatch(bench.device)

@@ -109,7 +109,7 @@ def _by_kernel(images_NHWC: Tensor, normalise: Normaliser | None = None) -> Exec
     from fastgen.kernels.runtime import require_runnable
     from fastgen.kernels.views import empty_views, launch, require_normalisation
 
-    require_runnable(images_NHWC.device)
+    require_runnable(images_NHWC.device, "train.kernels")
     scale_C, shift_C, dtype = None, None, torch.uint8
     if normalise is not None:
         scale_C, shift_C, dtype = normalise.scale_C, normalise.shift_C, normalise.dtype

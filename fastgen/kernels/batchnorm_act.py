@@ -29,8 +29,8 @@ from fastgen.kernels.runtime import launched_on
 from fastgen.models.norm_act import batchnorm_act as reference
 
 # Elements of a tile and number of programs for large inputs. Compiled for sm_90 at 64 channels with WARPS warps no
-# kernel spills, loads are 128 bits wide, and registers (up to 128, 128, 80 a thread) leave room for 2, 2 and 3 programs on
-# each of 132 multiprocessors: all of them run at once. No time was measured yet.
+# kernel spills, loads are 128 bits wide, and registers (at most 128, 128 and 80 a thread) leave room for 2, 2 and 3
+# programs on each of 132 multiprocessors: all of them run at once. No time was measured yet.
 STATISTICS_TILE, REDUCE_TILE, REDUCE_PROGRAMS = 8192, 4096, 256
 STREAM_TILE, STREAM_PROGRAMS = 4096, 396
 WARPS = 8

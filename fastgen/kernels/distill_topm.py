@@ -54,7 +54,8 @@ def load_kept(classes, probabilities, row, M: tl.constexpr, BLOCK: tl.constexpr)
     return t / excess, kept, total / excess
 
 
-@triton.jit
+# Slices of an epoch's labels come with every alignment; each would be compiled anew in the middle of a training.
+@triton.jit(do_not_specialize_on_alignment=["labels"])
 def distill_topm_kernel(
     logits,
     labels,

@@ -80,8 +80,12 @@ def block_of(classes: int) -> int:
 
 
 def warps_of(classes: int) -> int:
-    """A warp holds 256 classes in 8 registers a lane; not measured on a GPU yet."""
-    return max(1, min(8, block_of(classes) // 256))
+    """A warp holds 512 classes, 16 values a lane.
+
+    Of what was compiled for sm_90, two warps at C = 1000 issue a fifth fewer instructions than four, and one needs so
+    many registers that it spills (benchmarks/NOTES.md). Times on a GPU are not measured yet.
+    """
+    return max(1, min(8, block_of(classes) // 512))
 
 
 def require_rows(logits_BC: Tensor, labels_B: Tensor, teacher_logits_BC: Tensor | None = None) -> None:

@@ -10,15 +10,19 @@ import triton
 from fastgen.errors import UserError
 
 
-def require_runnable(device: torch.device) -> None:
+def require_runnable(device: torch.device, key: str) -> None:
     """Refuses a device that Triton has no code for.
+
+    Args:
+        device: where kernels would run.
+        key: the setting that asks for them.
 
     Raises:
         UserError: the device is no NVIDIA GPU, and Triton's interpreter is not asked for.
     """
     if device.type != "cuda" and not interpreted():
         raise UserError(
-            f"train.kernels=triton needs an NVIDIA GPU, this is {device.type}: set train.kernels=torch "
+            f"{key}=triton needs an NVIDIA GPU, this is {device.type}: set {key}=torch "
             "(TRITON_INTERPRET=1 interprets the kernels on a CPU, thousands of times slower, to test them)"
         )
 

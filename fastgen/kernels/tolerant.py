@@ -34,7 +34,8 @@ from fastgen.kernels.rows import (
 from fastgen.kernels.runtime import launched_on
 
 
-@triton.jit
+# Slices of an epoch's labels come with every alignment; each would be compiled anew in the middle of a training.
+@triton.jit(do_not_specialize_on_alignment=["labels"])
 def tolerant_kernel(
     logits,
     labels,

@@ -1,0 +1,417 @@
+"""What does a teacher cost, and does it still say the same? Every way to ask it, in one process, in turns.
+
+python -m benchmarks.teacher [--model=resnet20 --batch_size=128 --precision=bf16 --rounds=20 --images_from=DIR]
+python -m benchmarks.teacher --model=resnet18                     # 224 pixels, random images; its floor is a GPU's
+
+`eager` is the network in eval mode as it was trained: batch-norms unfolded, under autocast. `folded`, `fused` and
+`compile` are the engines of a recipe, `_x8` the look ahead of 8 batches, `table` the label table. Each is timed twice:
+alone, and within the student's step of the trainer, beside the patriarch's step. What a student's step takes longer is
+the overhead; the other loss is part of it. A round is 8 steps, so that a look ahead is paid in full.
+
+The teacher is untrained; its batch-norms know the images. KL is that of a variant from the fp32 network, unfolded, on
+images that were never rounded, in nats, the worst of 8 batches. Rows of the table are random numbers: its logits would
+be those of the engine that made it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.checks import full_fp32
+from benchmarks.common import (
+    RESULTS,
+    Spread,
+    Step,
+    Timings,
+    append_rows,
+    choose,
+    facts_line,
+    machine_facts,
+    positive_minutes,
+    spread,
+    time_interleaved,
+)
+from benchmarks.opcount import Floor, require
+from benchmarks.step import (
+    PATRIARCH,
+    STUDENT,
+    Case,
+    Precision,
+    Rig,
+    calibrate,
+    endless_batches,
+    fresh_network,
+    hush_compiler,
+    make_rig,
+    random_split,
+)
+from fastgen.arguments import Arguments, at_least_one
+from fastgen.data.batch import Loader
+from fastgen.data.cifar import read_cifar
+from fastgen.data.facts import DATASETS, Facts
+from fastgen.data.resident import ResidentLoader
+from fastgen.errors import UserError, command
+from fastgen.grade import make_grade
+from fastgen.labels import LabelTable, TableKind
+from fastgen.lessons import LookAhead, TableLoader
+from fastgen.meters import Meter, Stopwatch
+from fastgen.models import MODELS
+from fastgen.optim import make_optimizer
+from fastgen.step import DTYPES, make_forward, make_prepare, make_scaler
+from fastgen.tables import print_table
+from fastgen.teacher import FrozenTeacher, Teacher, TeacherEngine, make_teacher
+from fastgen.trainer import Training
+
+AHEAD = 8
+EAGER, TABLE = "eager", "table"
+# Name -> engine and how many batches it is shown at once.
+ENGINES: dict[str, tuple[TeacherEngine, int]] = {
+    "folded": ("folded", 1),
+    "fused": ("fused", 1),
+    "compile": ("compile", 1),
+    f"folded_x{AHEAD}": ("folded", AHEAD),
+    f"fused_x{AHEAD}": ("fused", AHEAD),
+}
+VARIANTS = (EAGER, *ENGINES, TABLE)
+BARE = "patriarch"
+
+PHOTO_MODELS = ("resnet18", "resnet34", "resnet50")
+IMAGENET = DATASETS["imagenet"]
+# Squares of one size in memory, as a loader of photographs would make them.
+PHOTOS = Facts(1000, 3, 224, 224, 0, 0, 0, True, IMAGENET.mean, IMAGENET.std)
+# Look-ahead groups in an epoch: enough that the views of an epoch, which are drawn at its start, do not count.
+GROUPS, GROUPS_OF_PHOTOS = 4, 1
+
+FLOOR_MODEL, FLOOR_VARIANT, FLOOR_OVERHEAD = "resnet18", "fused", 0.22
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A way to ask the teacher.
+
+    Attributes:
+        name: of the variant.
+        logits: prepared images -> logits; of a table any.
+        batches: that it is shown at once.
+        how: what runs, for the record.
+        max_kl_nats: from the fp32 network, unfolded; None: of a table.
+    """
+
+    name: str
+    logits: Teacher
+    batches: int
+    how: str
+    max_kl_nats: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a case.
+
+    Attributes:
+        case: the shared facts.
+        asked: the variants.
+        alone: seconds of AHEAD batches, by variant.
+        steps: seconds of a step, of the patriarch and by variant.
+    """
+
+    case: Case
+    asked: Sequence[Asked]
+    alone: Timings
+    steps: Timings
+
+    def images_per_second(self, name: str) -> float:
+        """Of the teacher alone."""
+        return 1e3 * AHEAD * self.case.batch_size / self.alone.ms_per_step(name).median
+
+    def overhead(self, name: str) -> Spread:
+        """How much longer the student's step takes than the patriarch's, as a share of that; round by round."""
+        pairs = zip(self.steps.seconds_per_step[BARE], self.steps.seconds_per_step[name], strict=True)
+        return spread([student / patriarch - 1 for patriarch, student in pairs])
+
+
+def make_case(
+    model: str, batch_size: int, precision: Precision, device: torch.device, images_from: Path | None
+) -> tuple[Case, str]:
+    """The case, and what its images are: `cifar100` or `random`. Their number is a multiple of AHEAD batches.
+
+    Raises:
+        UserError: a folder of CIFAR-100 for a network of photographs, or too large a batch for it.
+    """
+    photos = model in PHOTO_MODELS
+    facts = PHOTOS if photos else DATASETS["cifar100"]
+    group = batch_size * AHEAD
+    if images_from is None:
+        split = random_split(facts, group * (GROUPS_OF_PHOTOS if photos else GROUPS))
+        return Case(model, batch_size, precision, facts, split, device), "random"
+    if photos:
+        raise UserError(f"--images_from holds pictures of 32 pixels, {model} is for 224: leave it out")
+    whole = read_cifar("cifar100", images_from)[0]
+    count = group * min(GROUPS, len(whole) // group)
+    if not count:
+        raise UserError(f"--batch_size={batch_size}: {AHEAD} of them are more than the {len(whole)} images")
+    # They are in no order: the first are as good as any.
+    return Case(model, batch_size, precision, facts, whole.at(np.arange(count)), device), "cifar100"
+
+
+def measure(case: Case, names: Sequence[str], *, rounds: int, until: float = math.inf) -> Measured:
+    """Times the variants alone, then within steps.
+
+    Args:
+        case: the shared facts.
+        names: of the variants; `eager` is among them.
+        rounds: that are kept.
+        until: see `time_interleaved`.
+
+    Raises:
+        ValueError: a loss was not finite.
+    """
+    # What an earlier case compiled counts against Dynamo's limit.
+    torch.compiler.reset()
+    loader = ResidentLoader(case.split, case.facts.pad_px, case.device)
+    table = make_table(case) if TABLE in names else None
+    asked = [_ask(case, name, loader, table) for name in names]
+    passes = {one.name: _passes(case, one, loader) for one in asked}
+    alone = time_interleaved(passes, case.device, rounds=rounds, steps_per_round=1, until=until)
+    rigs = {BARE: make_rig(case, "eager", PATRIARCH, loader)}
+    rigs |= {one.name: make_student(case, one, loader, table) for one in asked}
+    steps: dict[str, Step] = {name: rig.step for name, rig in rigs.items()}
+    times = time_interleaved(steps, case.device, rounds=rounds, steps_per_round=AHEAD, until=until)
+    for rig in rigs.values():
+        rig.require_finite()
+    return Measured(case, asked, alone, times)
+
+
+def teaching_network(case: Case, loader: Loader) -> nn.Module:
+    """The network that teaches, fp32, in eval mode; the same each time."""
+    images_NCHW = next(endless_batches(loader, case)).images_NCHW
+    return calibrate(fresh_network(case, init_seed=1), case.normaliser(torch.float32)(images_NCHW))
+
+
+def unfolded(case: Case, network: nn.Module) -> Teacher:
+    """The network as it is, under autocast, without gradient."""
+    dtype = DTYPES[case.precision]
+    network.requires_grad_(False)
+
+    def teacher(images_NCHW: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(case.device.type, dtype, enabled=dtype != torch.float32):
+            logits_BC: Tensor = network(images_NCHW)
+        return logits_BC
+
+    return teacher
+
+
+def _ask(case: Case, name: str, loader: Loader, table: LabelTable | None) -> Asked:
+    if name == TABLE:
+        assert table is not None
+        return Asked(name, _gather(case, table), 1, "gather of rows", None)
+    network = teaching_network(case, loader)
+    if name == EAGER:
+        teacher, batches, how = unfolded(case, network), 1, "eval mode, autocast"
+    else:
+        engine, batches = ENGINES[name]
+        frozen = _frozen(case, network, engine, batches)
+        teacher, how = frozen, frozen.how
+    return Asked(name, teacher, batches, how, max_kl(case, teacher, loader))
+
+
+def _frozen(case: Case, network: nn.Module, engine: TeacherEngine, batches: int) -> FrozenTeacher:
+    facts = case.facts
+    shape = (batches * case.batch_size, facts.channels, facts.height_px, facts.width_px)
+    return make_teacher(network, case.device, DTYPES[case.precision], engine, shape=shape)
+
+
+@torch.no_grad()
+def max_kl(case: Case, teacher: Teacher, loader: Loader) -> float:
+    """max over images of KL(fp32 network || teacher), in nats, fp64."""
+    reference, found = teaching_network(case, loader), []
+    prepare = case.normaliser(DTYPES[case.precision])
+    batches = endless_batches(loader, case)
+    for _ in range(AHEAD):
+        images_NCHW = next(batches).images_NCHW
+        with full_fp32():
+            of_reference = reference(case.normaliser(torch.float32)(images_NCHW)).double().log_softmax(1)
+        of_teacher = teacher(prepare(images_NCHW)).double().log_softmax(1)
+        found.append(float((of_reference.exp() * (of_reference - of_teacher)).sum(1).max()))
+    return max(found)
+
+
+def make_table(case: Case) -> LabelTable:
+    """A label table of the case's images, of its true size; the logits are random."""
+    facts = case.facts
+    kind = TableKind(
+        teacher="random",
+        images="",
+        count=len(case.split),
+        crop=case.crop,
+        mean=facts.mean,
+        std=facts.std,
+        classes=facts.classes,
+        precision=case.precision,
+        engine="folded",
+    )
+    generator = torch.Generator(case.device).manual_seed(2)
+    shape = (kind.views * kind.count, kind.classes)
+    dtype = DTYPES[case.precision]
+    return LabelTable(kind, torch.randn(shape, generator=generator, device=case.device, dtype=dtype))
+
+
+def _gather(case: Case, table: LabelTable) -> Teacher:
+    """Takes as many rows as there are images, anywhere in the table."""
+    generator = torch.Generator(case.device).manual_seed(3)
+    last = len(table.logits_RC)
+    rows = torch.randint(last, (AHEAD, case.batch_size), generator=generator, device=case.device)
+    order = iter(range(sys.maxsize))
+    return lambda images_NCHW: table.logits_RC[rows[next(order) % AHEAD]]
+
+
+def _passes(case: Case, asked: Asked, loader: Loader) -> Step:
+    """AHEAD batches through the teacher."""
+    prepare, batches = case.normaliser(DTYPES[case.precision]), endless_batches(loader, case)
+    images_NCHW = prepare(torch.cat([next(batches).images_NCHW for _ in range(AHEAD)]))
+    groups = images_NCHW.split(asked.batches * case.batch_size)
+
+    def step() -> None:
+        for group in groups:
+            asked.logits(group)
+
+    return step
+
+
+def make_student(case: Case, asked: Asked, loader: Loader, table: LabelTable | None) -> Rig:
+    """The student's step beside this teacher, put together as `fastgen.supply` does."""
+    train, device = case.settings("eager"), case.device
+    model = fresh_network(case, init_seed=0).train()
+    prepare = make_prepare(case.normaliser(DTYPES[case.precision]))
+    # Eager and folded teachers are asked within the step, others before it.
+    live = asked.logits if asked.name in (EAGER, "folded") else None
+    lessons = loader
+    if asked.name == TABLE:
+        assert table is not None
+        lessons = TableLoader(loader, table)
+    elif live is None:
+        lessons = LookAhead(loader, asked.logits, prepare, asked.batches)
+    forward = make_forward(model, make_grade(STUDENT), live, prepare, train, device)
+    training = Training(
+        model, make_optimizer(model, train), make_scaler(train, device), Meter(device), Stopwatch(device)
+    )
+    return Rig(training, forward, endless_batches(lessons, case))
+
+
+def floors(measured: Measured) -> list[Floor]:
+    """What is asked for, where it can be measured: on a GPU, of one network."""
+    case, names = measured.case, [one.name for one in measured.asked]
+    if case.device.type != "cuda" or case.model != FLOOR_MODEL or FLOOR_VARIANT not in names:
+        return []
+    what = f"{case.model}, {case.facts.height_px} px, {case.precision}: overhead of the {FLOOR_VARIANT} teacher"
+    return [Floor(what, measured.overhead(FLOOR_VARIANT).median, FLOOR_OVERHEAD, at_most=True)]
+
+
+def report(measured: Measured) -> None:
+    """Prints the table, and the floor or why there is none."""
+    case = measured.case
+    title = (
+        f"teacher {case.model}, batch {case.batch_size}, {case.precision}, {measured.alone.rounds} rounds alone, "
+        f"{measured.steps.rounds} of steps; median (quartiles)"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for heading in ("teacher", "images/s", "speed over eager", "overhead of the step", "max KL", "how"):
+        table.add_column(heading, justify="left" if heading in ("teacher", "how") else "right")
+    for one in measured.asked:
+        table.add_row(
+            one.name,
+            f"{measured.images_per_second(one.name):,.0f}",
+            measured.alone.speed_ratio(one.name, EAGER).text(2),
+            measured.overhead(one.name).text(3),
+            "-" if one.max_kl_nats is None else f"{one.max_kl_nats:.1e}",
+            one.how,
+        )
+    print_table(table)
+    found = floors(measured)
+    for floor in found:
+        print(floor.line())
+    if not found:
+        asked = f"overhead of the {FLOOR_VARIANT} teacher of {FLOOR_MODEL} at 224 px at most {FLOOR_OVERHEAD:.2f}"
+        print(f"floor, {asked}: a GPU's, not measured")
+
+
+def result_rows(measured: Measured, images: str) -> list[dict[str, Any]]:
+    """One row a variant, for teacher.csv."""
+    case, machine = measured.case, machine_facts(measured.case.device)
+    return [
+        {
+            **machine,
+            "model": case.model,
+            "image_px": case.facts.height_px,
+            "images": images,
+            "batch_size": case.batch_size,
+            "precision": case.precision,
+            "teacher": one.name,
+            "how": one.how,
+            "rounds": min(measured.alone.rounds, measured.steps.rounds),
+            "steps_per_round": AHEAD,
+            "patriarch_ms_per_step": round(measured.steps.ms_per_step(BARE).median, 4),
+            "student_ms_per_step": round(measured.steps.ms_per_step(one.name).median, 4),
+            "teacher_images_per_second": round(measured.images_per_second(one.name), 1),
+            **_columns("speed_over_eager", measured.alone.speed_ratio(one.name, EAGER)),
+            **_columns("overhead", measured.overhead(one.name)),
+            "max_kl_nats": one.max_kl_nats,
+        }
+        for one in measured.asked
+    ]
+
+
+def _columns(name: str, value: Spread) -> Mapping[str, float]:
+    return {
+        f"{name}_{part}": round(number, 4)
+        for part, number in (("median", value.median), ("q25", value.low), ("q75", value.high))
+    }
+
+
+def main(words: Sequence[str]) -> None:
+    """The command."""
+    arguments = _parse(words)
+    device = choose(arguments.device)
+    if device is None:
+        print("not measured (no GPU)")
+        return
+    hush_compiler()
+    case, images = make_case(arguments.model, arguments.batch_size, arguments.precision, device, arguments.images_from)
+    names = [name for name in VARIANTS if name == EAGER or name in (arguments.only or VARIANTS)]
+    print(facts_line(device))
+    until = time.monotonic() + 60 * arguments.minutes
+    measured = measure(case, names, rounds=arguments.rounds, until=until)
+    report(measured)
+    append_rows(arguments.results / "teacher.csv", result_rows(measured, images))
+    require(floors(measured))
+
+
+def _parse(words: Sequence[str]) -> Any:
+    parser = Arguments("benchmarks.teacher", "Times every way to ask a teacher, alone and within the student's step.")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--model", default="resnet20", choices=list(MODELS))
+    parser.add_argument("--batch_size", type=at_least_one, default=128, help="images in a step")
+    parser.add_argument("--precision", default="bf16", choices=list(DTYPES))
+    parser.add_argument("--rounds", type=at_least_one, default=10, help="rounds that are kept")
+    parser.add_argument("--minutes", type=positive_minutes, default=8.0, help="after it no kept round is begun")
+    parser.add_argument("--only", action="append", choices=VARIANTS, help="beside eager; may be given several times")
+    parser.add_argument("--device", default=default, choices=["cpu", "cuda"])
+    parser.add_argument("--images_from", type=Path, help="folder above the official CIFAR-100 files; default: random")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of teacher.csv")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main, sys.argv[1:]))
