@@ -24,7 +24,7 @@ from fastgen.augment import Normaliser
 from fastgen.data.resident import ResidentLoader
 from fastgen.laws import eta_for_confidence
 from fastgen.step import DTYPES
-from fastgen.teacher import make_teacher
+from fastgen.teacher import TeacherEngine, make_teacher
 from fastgen.views import training_views
 
 Float64 = npt.NDArray[np.float64]
@@ -34,6 +34,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 U = {name: torch.finfo(dtype).eps / 2 for name, dtype in DTYPES.items()}
 U32 = U["fp32"]
 
+TEACHER_ENGINES: tuple[TeacherEngine, ...] = ("folded", "fused", "compile")
 CLASSES = (10, 100, 1000)
 BATCHES = (1, 7, 128)
 SMALL_CLASSES, SMALL_BATCHES = (10, 100), (1, 7)
@@ -201,9 +202,10 @@ def gradient_tolerance(gradient_BC: Float64, size: float, temperature: float, pr
     return in_fp32 + 2 * U[precision] * np.abs(gradient_BC) + smallest
 
 
-def check_views(case: Case) -> Iterator[Outcome]:
+def check_views(case: Case, *, kernels: bool = False) -> Iterator[Outcome]:
     """Two epochs' views executed on the device, pixel for pixel; and their normalisation."""
-    loader = ResidentLoader(case.split, case.facts.pad_px, case.device)
+    loader = ResidentLoader(case.split, case.facts.pad_px, case.device, kernels)
+    name = "views kernel" if kernels else "views"
     differing = samples = 0
     for epoch in range(2):
         views = training_views(case.split.ids, case.crop, data_seed=7, generation=1, epoch=epoch)
@@ -222,8 +224,8 @@ def check_views(case: Case) -> Iterator[Outcome]:
             differing += int((batch.labels.cpu().numpy() != case.split.labels[positions]).sum())
             differing += int((batch.ids.cpu().numpy() != case.split.ids[positions]).sum())
         samples += shown
-    yield Outcome("views: differing pixels, labels and ids", differing, 0, f"{samples} samples")
-    yield Outcome("views: samples missing in two epochs", abs(2 * len(case.split) - samples), 0)
+    yield Outcome(f"{name}: differing pixels, labels and ids", differing, 0, f"{samples} samples")
+    yield Outcome(f"{name}: samples missing in two epochs", abs(2 * len(case.split) - samples), 0)
     yield _check_normaliser(case)
 
 
@@ -261,32 +263,44 @@ def _differing(weights: Sequence[Tensor], others: Sequence[Tensor]) -> int:
 
 
 def check_teacher(case: Case) -> Iterator[Outcome]:
-    """The folded teacher in each precision against the unfolded network in fp64 on the CPU."""
+    """Every engine of the teacher in each precision against the unfolded network in fp64 on the CPU."""
     images_NCHW = torch.from_numpy(case.split.images_NHWC[: case.batch_size]).permute(0, 3, 1, 2).to(case.device)
     inputs_NCHW = case.normaliser(torch.float32)(images_NCHW).contiguous(memory_format=torch.channels_last)
-    model = calibrate(_lively(fresh_network(case, init_seed=5)), inputs_NCHW)
-    layers, fan_in = _convolutions(model)
+    model = lively_network(case, inputs_NCHW)
+    sizes = network_size(model)
     with full_fp32(), torch.no_grad():
         reference_BC = copy.deepcopy(model).cpu().double()(inputs_NCHW.cpu().double())
-        size = float(reference_BC.abs().max())
-        yield _logits_outcome("network in eval mode, fp32", model(inputs_NCHW), reference_BC, size, layers, fan_in, U32)
-        for precision in PRECISIONS:
+        yield logits_outcome("teacher: network in eval mode, fp32", model(inputs_NCHW), reference_BC, *sizes, U32)
+        for engine, precision in itertools.product(TEACHER_ENGINES, PRECISIONS):
+            torch.compiler.reset()
             dtype = DTYPES[precision]
-            teach = make_teacher(copy.deepcopy(model), case.device, dtype)
-            found_BC, u = teach(inputs_NCHW.to(dtype)), U[precision]
-            yield _logits_outcome(f"folded teacher, {precision}", found_BC, reference_BC, size, layers, fan_in, u)
+            copied = copy.deepcopy(model)
+            teach = make_teacher(copied, case.device, dtype, engine, shape=inputs_NCHW.shape)
+            name = f"teacher: {teach.how}, {precision}"
+            yield logits_outcome(name, teach(inputs_NCHW.to(dtype)), reference_BC, *sizes, U[precision])
 
 
-def _logits_outcome(
-    name: str, found_BC: Tensor, reference_BC: Tensor, size: float, layers: int, fan_in: int, u: float
-) -> Outcome:
+def logits_outcome(name: str, found_BC: Tensor, reference_BC: Tensor, layers: int, fan_in: int, u: float) -> Outcome:
     """Error relative to the largest logit.
 
     Each layer rounds its weights and its output to the dtype and adds up in fp32; roundings of
     random sign add like a random walk. Four standard deviations of that walk are allowed.
+
+    Args:
+        name: of the outcome.
+        found_BC: logits.
+        reference_BC: fp64, on the CPU.
+        layers, fan_in: from `network_size`.
+        u: one rounding of the network's dtype.
     """
+    size = float(reference_BC.abs().max())
     error = float((found_BC.double().cpu() - reference_BC).abs().max()) / size
-    return Outcome(f"teacher: {name}", error, 4 * (2 * layers) ** 0.5 * (u + fan_in**0.5 * U32))
+    return Outcome(name, error, 4 * (2 * layers) ** 0.5 * (u + fan_in**0.5 * U32))
+
+
+def lively_network(case: Case, inputs_NCHW: Tensor) -> nn.Module:
+    """An untrained network, as a trained one would be: batch-norms with statistics, scales and shifts of their own."""
+    return calibrate(_lively(fresh_network(case, init_seed=5)), inputs_NCHW)
 
 
 @torch.no_grad()
@@ -300,7 +314,7 @@ def _lively(model: nn.Module) -> nn.Module:
     return model
 
 
-def _convolutions(model: nn.Module) -> tuple[int, int]:
-    """How many there are, and the largest number of products in one sum."""
+def network_size(model: nn.Module) -> tuple[int, int]:
+    """How many convolutions there are, and the largest number of products in one sum."""
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     return len(weights), max(weight[0].numel() for weight in weights)

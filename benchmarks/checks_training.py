@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.checks import Outcome, full_fp32
-from benchmarks.step import ENGINES, PATRIARCH, STUDENT, Case, Engine, Precision, make_rig
+from benchmarks.step import PATRIARCH, STUDENT, Case, Engine, Precision, make_rig, ways_on
 from fastgen import train, trainer
 from fastgen.checkpoint import read_weights
 from fastgen.data.batch import Batch
@@ -69,22 +69,23 @@ def check_engines(case: Case, ways: Sequence[tuple[Engine, Precision]]) -> Itera
 
 
 def _check_agreement(case: Case) -> Iterator[Outcome]:
+    """Every way to run a step beside plain PyTorch, eager: the same losses."""
     torch.compiler.reset()
     case = replace(case, precision="fp32")
     with full_fp32():
         for role, objective in OBJECTIVES.items():
             eager = _losses(case, "eager", objective, AGREE_STEPS, AGREE_LR)
-            for engine in ENGINES[1:]:
-                found = _losses(case, engine, objective, AGREE_STEPS, AGREE_LR)
+            for way in ways_on(case.device)[1:]:
+                found = _losses(case.run_by(way), way.engine, objective, AGREE_STEPS, AGREE_LR)
                 error = float(np.max(np.abs(found - eager) / np.abs(eager)))
-                yield Outcome(f"{engine} {role} beside eager, fp32: relative loss", error, AGREE_RELATIVE)
+                yield Outcome(f"{way.name} {role} beside eager, fp32: relative loss", error, AGREE_RELATIVE)
 
 
 def _losses(
     case: Case, engine: Engine, objective: Objective, steps: int, lr: float
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Loss of each step, fp64."""
-    loader = ResidentLoader(case.split, case.facts.pad_px, case.device)
+    loader = ResidentLoader(case.split, case.facts.pad_px, case.device, case.kernels == "triton")
     rig = make_rig(case, engine, objective, loader)
     kept: list[Tensor] = []
     rig = replace(rig, forward=_watched(rig.forward, kept))

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import step
+from benchmarks import checks_fused, checks_kernels, step
 from benchmarks.checks import (
     BATCHES,
     CLASSES,
@@ -42,6 +42,7 @@ from benchmarks.step import ENGINES, Case, Engine, Precision
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.data.facts import DATASETS, Facts
 from fastgen.errors import FastgenError, Stopped, command
+from fastgen.kernels.runtime import interpreted
 
 # Not square and of an odd width, so that a mix-up of the axes shows.
 SMALL_FACTS = Facts(10, 3, 12, 9, 0, 0, 2, True, (0.5, 0.4, 0.3), (0.25, 0.3, 0.2))
@@ -109,7 +110,7 @@ SMALL = Size(
 )
 
 Check = Callable[[], Iterator[Outcome]]
-PARTS = ("losses", "views", "init", "teacher", "resume", "engines", "speed")
+PARTS = ("losses", "kernels", "views", "init", "teacher", "labels", "resume", "engines", "speed")
 
 
 class ChecksFailed(FastgenError):
@@ -145,13 +146,32 @@ def _groups(
     case = Case(size.model, size.batch_size, "fp32", size.facts, split, device)
     return {
         "losses": lambda: check_losses(device, seed, size.class_counts, size.batches),
+        "kernels": lambda: _check_kernels(case, seed, size),
         "views": lambda: check_views(case),
         "init": lambda: check_initial_weights(case),
         "teacher": lambda: check_teacher(case),
+        "labels": lambda: checks_fused.check_labels(case, folder / "labels"),
         "resume": lambda: check_resume(folder, seed, device, size.model, size.resume),
         "engines": lambda: check_engines(case, size.learn),
         "speed": lambda: _measure_speed(size, device, results, deadline),
     }
+
+
+def _check_kernels(case: Case, seed: int, size: Size) -> Iterator[Outcome]:
+    """Every Triton kernel, on a GPU or in Triton's interpreter; nothing where neither is there."""
+    on_gpu = case.device.type == "cuda"
+    if not on_gpu and not interpreted():
+        print("NOT CHECKED  kernels: no GPU; TRITON_INTERPRET=1 interprets them")
+        return
+    kernel_sizes = size.class_counts, size.batches
+    if on_gpu:
+        kernel_sizes = checks_kernels.KERNEL_CLASSES, checks_kernels.KERNEL_BATCHES
+        yield from checks_fused.check_capture(case)
+    yield from checks_kernels.check_loss_kernels(case.device, seed, *kernel_sizes)
+    yield from check_views(case, kernels=True)
+    yield from checks_fused.check_normalised_views(case)
+    shapes = checks_fused.BATCHNORM_SHAPES if on_gpu else checks_fused.SMALL_BATCHNORM_SHAPES
+    yield from checks_fused.check_batchnorm(case.device, seed, shapes)
 
 
 def _run(groups: dict[str, Check], deadline: float) -> None:

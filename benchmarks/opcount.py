@@ -227,10 +227,8 @@ def count_teachers() -> Iterator[Count]:
 
 
 def _teachers(model: str, shape: tuple[int, ...]) -> dict[str, Teacher]:
-    # Folding changes nothing of the network that it is given, here all three share one.
-    network = _network(model).eval()
-    fused = make_teacher(network, CPU, torch.float32, "fused", shape=shape)
-    return {"eager": network, "folded": make_teacher(network, CPU, torch.float32), "fused": fused}
+    fused = make_teacher(_network(model), CPU, torch.float32, "fused", shape=shape)
+    return {"eager": _network(model).eval(), "folded": make_teacher(_network(model), CPU, torch.float32), "fused": fused}
 
 
 def _network(model: str) -> nn.Module:

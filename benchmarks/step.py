@@ -14,9 +14,9 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from fastgen.grade import make_grade
 from fastgen.laws import eta_for_confidence
 from fastgen.meters import Meter, Stopwatch
 from fastgen.models import MODELS, build_model, initialise
+from fastgen.models.norm_act import fuse_norm_act
 from fastgen.optim import make_optimizer
 from fastgen.plan import Objective
 from fastgen.step import DTYPES, Forward, make_forward, make_prepare, make_scaler
@@ -59,9 +60,29 @@ from fastgen.views import training_views
 
 Engine = Literal["eager", "compile"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Kernels = Literal["torch", "triton"]
 
 BARE = "bare"
 ENGINES: tuple[Engine, ...] = ("eager", "compile")
+
+
+class Way(NamedTuple):
+    """How a step is run; `kernels` and `batchnorm` as the recipe's settings of that name."""
+
+    engine: Engine
+    kernels: Kernels = "torch"
+    batchnorm: Kernels = "torch"
+
+    @property
+    def name(self) -> str:
+        """One word."""
+        fused = [part for part in ("kernels", "batchnorm") if getattr(self, part) == "triton"]
+        return "+".join([self.engine, *fused])
+
+
+PLAIN_WAYS = tuple(Way(engine) for engine in ENGINES)
+# On a GPU; the interpreter says nothing about time.
+FUSED_WAYS = tuple(Way(engine, "triton", batchnorm) for engine in ENGINES for batchnorm in ("torch", "triton"))
 PATRIARCH = Objective(eta=eta_for_confidence(0.6, 5), k=5)
 STUDENT = Objective(teacher_weight=0.6)
 LR = 0.1
@@ -82,6 +103,7 @@ class Case:
         facts: of the data set.
         split: the training images.
         device: where it runs.
+        kernels, batchnorm: as the recipe's settings of that name.
     """
 
     model: str
@@ -90,11 +112,24 @@ class Case:
     facts: Facts
     split: Split
     device: torch.device
+    kernels: Kernels = "torch"
+    batchnorm: Kernels = "torch"
+
+    def run_by(self, way: Way) -> Case:
+        """The same case, with this way's kernels."""
+        return replace(self, kernels=way.kernels, batchnorm=way.batchnorm)
 
     def settings(self, engine: Engine) -> TrainSettings:
         """Settings of the trainer; whatever is not named here is its default."""
         return TrainSettings(
-            epochs=1, batch_size=self.batch_size, precision=self.precision, engine=engine, lr=LR, weight_decay=1e-4
+            epochs=1,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            engine=engine,
+            lr=LR,
+            weight_decay=1e-4,
+            kernels=self.kernels,
+            batchnorm=self.batchnorm,
         )
 
     @property
@@ -133,10 +168,17 @@ def make_rig(case: Case, engine: Engine, objective: Objective, loader: Loader, i
     """
     train, device = case.settings(engine), case.device
     model = fresh_network(case, init_seed).train()
+    if case.batchnorm == "triton":
+        model = fuse_norm_act(model)
+    teacher = None
+    if objective.teacher_weight:
+        teacher = _teacher(case, next(endless_batches(loader, case)))
+    normalise = case.normaliser(DTYPES[case.precision])
+    if case.kernels == "triton" and isinstance(loader, ResidentLoader):
+        loader = loader.normalised(normalise)
     batches = endless_batches(loader, case)
-    teacher = _teacher(case, next(batches)) if objective.teacher_weight else None
-    prepare = make_prepare(case.normaliser(DTYPES[case.precision]))
-    forward = make_forward(model, make_grade(objective), teacher, prepare, train, device)
+    grade = make_grade(objective, fused=case.kernels == "triton")
+    forward = make_forward(model, grade, teacher, make_prepare(normalise), train, device)
     training = Training(
         model, make_optimizer(model, train), make_scaler(train, device), Meter(device), Stopwatch(device)
     )
@@ -204,17 +246,30 @@ def measure(case: Case, *, rounds: int, steps_per_round: int, until: float = mat
     """
     # What an earlier case compiled counts against Dynamo's limit, past which it falls back to eager.
     torch.compiler.reset()
-    loader = ResidentLoader(case.split, case.facts.pad_px, case.device)
     rigs = {
-        f"{engine} {role}": make_rig(case, engine, objective, loader)
+        f"{way.name} {role}": make_rig(case.run_by(way), way.engine, objective, loader)
         for role, objective in (("patriarch", PATRIARCH), ("student", STUDENT))
-        for engine in ENGINES
+        for way, loader in _loaders(case).items()
     }
     steps: dict[str, Step] = {BARE: bare_step(case), **{name: rig.step for name, rig in rigs.items()}}
     timings = time_interleaved(steps, case.device, rounds=rounds, steps_per_round=steps_per_round, until=until)
     for rig in rigs.values():
         rig.require_finite()
     return timings
+
+
+def ways_on(device: torch.device) -> tuple[Way, ...]:
+    """How a step can be run there."""
+    return (*PLAIN_WAYS, *FUSED_WAYS) if device.type == "cuda" else PLAIN_WAYS
+
+
+def _loaders(case: Case) -> dict[Way, Loader]:
+    """The data set in the device's memory, once for all ways that can share it."""
+    made = {
+        kernels: ResidentLoader(case.split, case.facts.pad_px, case.device, kernels=kernels == "triton")
+        for kernels in {way.kernels for way in ways_on(case.device)}
+    }
+    return {way: made[way.kernels] for way in ways_on(case.device)}
 
 
 def result_rows(case: Case, timings: Timings, steps_per_round: int, images: str) -> list[dict[str, Any]]:
@@ -281,9 +336,10 @@ def floor_lines(timings: Timings) -> list[str]:
     lines = []
     for name, floor in FLOORS_OVER_BARE.items():
         lines.append(_floor_line(f"{name} over bare", floor, timings.speed_ratio(name, BARE)))
-    for engine in ENGINES:
-        ratio = timings.speed_ratio(f"{engine} student", f"{engine} patriarch")
-        lines.append(_floor_line(f"{engine} student over patriarch", FLOOR_STUDENT_OVER_PATRIARCH, ratio))
+    for name in timings.seconds_per_step:
+        ratio = _over_patriarch(timings, name)
+        if ratio is not None:
+            lines.append(_floor_line(f"{name} over patriarch", FLOOR_STUDENT_OVER_PATRIARCH, ratio))
     return lines
 
 

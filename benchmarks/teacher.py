@@ -85,7 +85,7 @@ ENGINES: dict[str, tuple[TeacherEngine, int]] = {
     f"fused_x{AHEAD}": ("fused", AHEAD),
 }
 VARIANTS = (EAGER, *ENGINES, TABLE)
-BARE = "patriarch"
+PATRIARCH_STEP = "patriarch"
 
 PHOTO_MODELS = ("resnet18", "resnet34", "resnet50")
 IMAGENET = DATASETS["imagenet"]
@@ -138,7 +138,7 @@ class Measured:
 
     def overhead(self, name: str) -> Spread:
         """How much longer the student's step takes than the patriarch's, as a share of that; round by round."""
-        pairs = zip(self.steps.seconds_per_step[BARE], self.steps.seconds_per_step[name], strict=True)
+        pairs = zip(self.steps.seconds_per_step[PATRIARCH_STEP], self.steps.seconds_per_step[name], strict=True)
         return spread([student / patriarch - 1 for patriarch, student in pairs])
 
 
@@ -185,7 +185,7 @@ def measure(case: Case, names: Sequence[str], *, rounds: int, until: float = mat
     asked = [_ask(case, name, loader, table) for name in names]
     passes = {one.name: _passes(case, one, loader) for one in asked}
     alone = time_interleaved(passes, case.device, rounds=rounds, steps_per_round=1, until=until)
-    rigs = {BARE: make_rig(case, "eager", PATRIARCH, loader)}
+    rigs = {PATRIARCH_STEP: make_rig(case, "eager", PATRIARCH, loader)}
     rigs |= {one.name: make_student(case, one, loader, table) for one in asked}
     steps: dict[str, Step] = {name: rig.step for name, rig in rigs.items()}
     times = time_interleaved(steps, case.device, rounds=rounds, steps_per_round=AHEAD, until=until)
@@ -362,7 +362,7 @@ def result_rows(measured: Measured, images: str) -> list[dict[str, Any]]:
             "how": one.how,
             "rounds": min(measured.alone.rounds, measured.steps.rounds),
             "steps_per_round": AHEAD,
-            "patriarch_ms_per_step": round(measured.steps.ms_per_step(BARE).median, 4),
+            "patriarch_ms_per_step": round(measured.steps.ms_per_step(PATRIARCH_STEP).median, 4),
             "student_ms_per_step": round(measured.steps.ms_per_step(one.name).median, 4),
             "teacher_images_per_second": round(measured.images_per_second(one.name), 1),
             **_columns("speed_over_eager", measured.alone.speed_ratio(one.name, EAGER)),

@@ -110,7 +110,7 @@ def test_gpu_check_notices_a_wrong_view_and_a_broken_part(tmp_path, monkeypatch,
 
     right = resident.crop_and_flip
     monkeypatch.setattr(resident, "crop_and_flip", lambda *words: right(*words).flip(3))
-    monkeypatch.setattr(checks, "make_teacher", lambda *words: 1 / 0)
+    monkeypatch.setattr(checks, "make_teacher", lambda *words, **options: 1 / 0)
     assert _gpu_check(tmp_path, "views", "teacher", "init") == 1
     captured = capsys.readouterr()
     assert "FAIL  views: differing pixels" in captured.out

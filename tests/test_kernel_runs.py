@@ -1,4 +1,4 @@
-"""Whole runs with Triton kernels: the same training up to rounding, recorded, resumed, refused where they cannot run."""
+"""Whole runs with Triton kernels: the same training up to rounding, recorded, resumed, refused where impossible."""
 
 from __future__ import annotations
 
