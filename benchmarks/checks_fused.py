@@ -27,7 +27,7 @@ from benchmarks.checks import (
 from benchmarks.step import Case, Precision
 from fastgen.data.batch import Loader
 from fastgen.data.resident import ResidentLoader
-from fastgen.kernels.batchnorm_act import batchnorm_act
+from fastgen.kernels.batchnorm_layer import batchnorm_act
 from fastgen.kernels.distill import distill_rows
 from fastgen.kernels.tolerant import tolerant_rows
 from fastgen.kernels.views import execute_views

@@ -125,7 +125,7 @@ def _images(dtype: str, channels: int) -> Tensor:
 
 def _norm_forward(dtype: str, channels: int, residual: bool) -> Callable[[], object]:
     def call() -> object:
-        from fastgen.kernels.batchnorm_act import forward_op
+        from fastgen.kernels.batchnorm_layer import forward_op
 
         x, weight, bias, mean, var = _images(dtype, channels), *(torch.empty(channels) for _ in range(4))
         added = _images(dtype, channels) if residual else None
@@ -136,7 +136,7 @@ def _norm_forward(dtype: str, channels: int, residual: bool) -> Callable[[], obj
 
 def _norm_backward(dtype: str, channels: int, residual: bool) -> Callable[[], object]:
     def call() -> object:
-        from fastgen.kernels.batchnorm_act import backward_op
+        from fastgen.kernels.batchnorm_layer import backward_op
 
         dy, x, weight, bias = (*(_images(dtype, channels) for _ in range(2)), *(torch.empty(channels) for _ in "wb"))
         y = _images(dtype, channels) if residual else None

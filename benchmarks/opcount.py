@@ -228,7 +228,11 @@ def count_teachers() -> Iterator[Count]:
 
 def _teachers(model: str, shape: tuple[int, ...]) -> dict[str, Teacher]:
     fused = make_teacher(_network(model), CPU, torch.float32, "fused", shape=shape)
-    return {"eager": _network(model).eval(), "folded": make_teacher(_network(model), CPU, torch.float32), "fused": fused}
+    return {
+        "eager": _network(model).eval(),
+        "folded": make_teacher(_network(model), CPU, torch.float32),
+        "fused": fused,
+    }
 
 
 def _network(model: str) -> nn.Module:

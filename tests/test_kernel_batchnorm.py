@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 import triton
 
 from fastgen.kernels import batchnorm_act as kernel
-from fastgen.kernels.batchnorm_act import BatchNormAct2d, backward_op, forward_op
+from fastgen.kernels.batchnorm_layer import BatchNormAct2d, backward_op, forward_op
 from fastgen.models import build_model, initialise
 from fastgen.models.norm_act import batchnorm_act as reference
 from fastgen.models.norm_act import fuse_norm_act

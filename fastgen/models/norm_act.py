@@ -1,6 +1,6 @@
 """Batch-norm and what follows it as one module: bn -> relu, and bn -> add -> relu.
 
-`fuse_norm_act` finds these chains in a network by tracing it and puts `kernels.batchnorm_act.BatchNormAct2d` in their
+`fuse_norm_act` finds these chains in a network by tracing it and puts `kernels.batchnorm_layer.BatchNormAct2d` in their
 place. Names and values of the state, the parameters and their order stay as they were.
 """
 
@@ -68,7 +68,7 @@ def fuse_norm_act(model: nn.Module) -> nn.Module:
         ValueError: nothing to fuse was found, or the network holds state that its forward pass does not use.
     """
     # Here and not above: it imports Triton.
-    from fastgen.kernels.batchnorm_act import BatchNormAct2d
+    from fastgen.kernels.batchnorm_layer import BatchNormAct2d
 
     traced = fx.symbolic_trace(model)
     chains = _chains(traced)
