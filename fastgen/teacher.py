@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.compiling import compiled
-from fastgen.folding import LayerChoice, choose_variants, fold, fuse
+from fastgen.folding import fold, fuse
+from fastgen.fused_conv import LayerChoice, choose_variants
 
 # Prepared images (B, C, H, W) -> logits (B, classes), without gradient.
 Teacher = Callable[[Tensor], Tensor]

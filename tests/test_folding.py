@@ -1,4 +1,4 @@
-"""folding.py: what is folded and fused and what must not be, values against fp64, operators, layout, choices."""
+"""What is folded and fused and what must not be; values against fp64, operators, layout, choices."""
 
 import copy
 import math
@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgen import folding
-from fastgen.folding import FusedConv, choose_variants, fold, fuse
+from fastgen import fused_conv
+from fastgen.folding import fold, fuse
+from fastgen.fused_conv import FusedConv, choose_variants
 from fastgen.models import build_model, initialise
 
 CPU = torch.device("cpu")
@@ -141,7 +142,7 @@ def test_logits_of_the_fused_network(name, downsample, size, batchnorms, precisi
     assert logits.dtype == dtype
     assert_near(logits, expected, allowed(model, dtype, torch.float32))
     assert [choice.layer for choice in choices] == list(fused_layers(fused))
-    assert {choice.variant for choice in choices} == {"onednn" if folding._onednn_takes(dtype) else "plain"}
+    assert {choice.variant for choice in choices} == {"onednn" if fused_conv._onednn_takes(dtype) else "plain"}
     # Residuals that are overwritten are dead: a second pass and another batch find nothing changed.
     assert torch.equal(fused(images.to(dtype)), logits)
     assert_near(fused(images[:3].to(dtype)), expected[:3], allowed(model, dtype, torch.float32))
@@ -466,7 +467,7 @@ def test_the_clock_decides_and_equal_layers_are_timed_once(fused_ms, monkeypatch
         timed.append(layer)
         return 2.0 if layer.variant == "plain" else fused_ms
 
-    monkeypatch.setattr(folding, "_call_ms", clock)
+    monkeypatch.setattr(fused_conv, "_call_ms", clock)
     fused, choices = prepared(network(), some_images(), timed=True)
     assert {(choice.fused_ms, choice.plain_ms, choice.why) for choice in choices} == {(fused_ms, 2.0, "timed")}
     wanted = "onednn" if fused_ms < 2 else "plain"

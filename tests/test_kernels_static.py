@@ -15,7 +15,8 @@ import yaml
 
 from benchmarks import common, kernels_static
 from benchmarks.kernels_cases import CASES, KERNELS, Case, Narrow
-from benchmarks.kernels_static import Figures, breaches, read_figures, verdict
+from benchmarks.kernels_sass import Figures, read_figures
+from benchmarks.kernels_static import breaches, verdict
 from fastgen.errors import MachineError, UserError, command
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
