@@ -22,7 +22,7 @@ import torch
 from fastgen.config import RunSettings
 from fastgen.device import choose_device
 from fastgen.environment import commit, cpu_name, device_name
-from fastgen.errors import UserError
+from fastgen.errors import FastgenError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,6 +67,48 @@ class Timings:
         """
         pairs = zip(self.seconds_per_step[base], self.seconds_per_step[name], strict=True)
         return spread([base_seconds / seconds for base_seconds, seconds in pairs])
+
+
+class FloorMissed(FastgenError):
+    """A measured figure is worse than it must be; told line by line before."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What is asked for, beside what was measured.
+
+    Attributes:
+        what: was measured.
+        measured: not-a-number does not pass.
+        asked: the worst that passes.
+        at_most: whether less is better.
+    """
+
+    what: str
+    measured: float
+    asked: float
+    at_most: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether the floor holds."""
+        return self.measured <= self.asked if self.at_most else self.measured >= self.asked
+
+    def line(self) -> str:
+        """As it is printed."""
+        bound = "at most" if self.at_most else "at least"
+        return f"{'PASS' if self.passed else 'FAIL'}  {self.what}: {self.measured:.3g}, asked {bound} {self.asked:.3g}"
+
+
+def require(floors: Sequence[Floor]) -> None:
+    """Ends the command where a floor does not hold; each was told before.
+
+    Raises:
+        FloorMissed: one does not hold.
+    """
+    missed = [floor.what for floor in floors if not floor.passed]
+    if missed:
+        raise FloorMissed(f"{len(missed)} of {len(floors)} floors missed: {'; '.join(missed)}")
 
 
 def spread(values: Sequence[float]) -> Spread:

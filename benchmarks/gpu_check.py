@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import checks_fused, checks_kernels, step
+from benchmarks import checks_fused, checks_kernels, losses, step, teacher
 from benchmarks.checks import (
     BATCHES,
     CLASSES,
@@ -37,7 +37,7 @@ from benchmarks.checks import (
     check_views,
 )
 from benchmarks.checks_training import check_engines, check_resume, memorisable_split
-from benchmarks.common import RESULTS, append_rows, choose, facts_line, positive_minutes
+from benchmarks.common import RESULTS, FloorMissed, append_rows, choose, facts_line, positive_minutes
 from benchmarks.step import ENGINES, Case, Engine, Precision
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.data.facts import DATASETS, Facts
@@ -110,7 +110,7 @@ SMALL = Size(
 )
 
 Check = Callable[[], Iterator[Outcome]]
-PARTS = ("losses", "kernels", "views", "init", "teacher", "labels", "resume", "engines", "speed")
+PARTS = ("losses", "kernels", "views", "init", "teacher", "labels", "resume", "engines", "speed", "tables")
 
 
 class ChecksFailed(FastgenError):
@@ -154,6 +154,7 @@ def _groups(
         "resume": lambda: check_resume(folder, seed, device, size.model, size.resume),
         "engines": lambda: check_engines(case, size.learn),
         "speed": lambda: _measure_speed(size, device, results, deadline),
+        "tables": lambda: _print_tables(device, results, deadline),
     }
 
 
@@ -215,6 +216,29 @@ def _measure_speed(size: Size, device: torch.device, results: Path, deadline: fl
         step.report(case, timings)
         append_rows(results / "step.csv", step.result_rows(case, timings, size.steps_per_round, "random"))
         yield Outcome(f"speed, {precision}: candidates whose loss was not finite", 0, 0)
+
+
+def _print_tables(device: torch.device, results: Path, deadline: float) -> Iterator[Outcome]:
+    """What losses and teachers cost on this GPU. A missed floor is told, and is no failed check."""
+    if device.type != "cuda":
+        print("tables: not measured (no GPU)")
+        return
+    commands = {
+        "benchmarks.losses": losses.main,
+        "benchmarks.teacher --model=resnet18 --batch_size=256": teacher.main,
+        "benchmarks.teacher --model=resnet20": teacher.main,
+    }
+    for line, main_ in commands.items():
+        minutes = (deadline - time.monotonic()) / 60
+        if minutes <= 0:
+            print(f"NOT MEASURED  {line}: the time is up")
+            continue
+        print(f"python -m {line}")
+        try:
+            main_([*line.split()[1:], f"--minutes={minutes:.2f}", f"--results={results}"])
+        except FloorMissed as missed:
+            print(f"MISSED  {missed}")
+    yield Outcome("tables: benchmarks that broke off", 0, 0)
 
 
 def _parse(words: Sequence[str]) -> Any:

@@ -35,6 +35,7 @@ from torch import Tensor
 from benchmarks import closed_forms
 from benchmarks.common import (
     RESULTS,
+    Floor,
     Spread,
     Step,
     Timings,
@@ -43,10 +44,10 @@ from benchmarks.common import (
     facts_line,
     machine_facts,
     positive_minutes,
+    require,
     time_interleaved,
     wait_for,
 )
-from benchmarks.opcount import Floor, require
 from benchmarks.step import PATRIARCH, hush_compiler
 from fastgen import losses
 from fastgen.arguments import Arguments, at_least_one

@@ -32,12 +32,12 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common import RESULTS, append_rows, facts_line, machine_facts
+from benchmarks.common import RESULTS, Floor, append_rows, facts_line, machine_facts, require
 from benchmarks.step import LR, PATRIARCH, STUDENT, Case, fresh_network, random_split
 from fastgen.arguments import Arguments
 from fastgen.data.batch import Batch
 from fastgen.data.facts import DATASETS
-from fastgen.errors import FastgenError, command
+from fastgen.errors import command
 from fastgen.grade import Graded, make_grade
 from fastgen.meters import Meter, Stopwatch
 from fastgen.models import MODELS
@@ -70,48 +70,6 @@ MOST_OF_FUSED_TEACHER = ("resnet20", 0.5)
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 RULE = "counted: operators of the dispatcher that are no views, no pure allocations and no marks for the profiler"
-
-
-class FloorMissed(FastgenError):
-    """A measured figure is worse than it must be; told line by line before."""
-
-
-@dataclass(frozen=True)
-class Floor:
-    """What is asked for, beside what was measured.
-
-    Attributes:
-        what: was measured.
-        measured: not-a-number does not pass.
-        asked: the worst that passes.
-        at_most: whether less is better.
-    """
-
-    what: str
-    measured: float
-    asked: float
-    at_most: bool = False
-
-    @property
-    def passed(self) -> bool:
-        """Whether the floor holds."""
-        return self.measured <= self.asked if self.at_most else self.measured >= self.asked
-
-    def line(self) -> str:
-        """As it is printed."""
-        bound = "at most" if self.at_most else "at least"
-        return f"{'PASS' if self.passed else 'FAIL'}  {self.what}: {self.measured:.3g}, asked {bound} {self.asked:.3g}"
-
-
-def require(floors: Sequence[Floor]) -> None:
-    """Ends the command where a floor does not hold; each was told before.
-
-    Raises:
-        FloorMissed: one does not hold.
-    """
-    missed = [floor.what for floor in floors if not floor.passed]
-    if missed:
-        raise FloorMissed(f"{len(missed)} of {len(floors)} floors missed: {'; '.join(missed)}")
 
 
 class OperatorCounter(TorchDispatchMode):

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from benchmarks.checks import full_fp32
 from benchmarks.common import (
     RESULTS,
+    Floor,
     Spread,
     Step,
     Timings,
@@ -40,10 +41,10 @@ from benchmarks.common import (
     facts_line,
     machine_facts,
     positive_minutes,
+    require,
     spread,
     time_interleaved,
 )
-from benchmarks.opcount import Floor, require
 from benchmarks.step import (
     PATRIARCH,
     STUDENT,
@@ -219,7 +220,8 @@ def _ask(case: Case, name: str, loader: Loader, table: LabelTable | None) -> Ask
         return Asked(name, _gather(case, table), 1, "gather of rows", None)
     network = teaching_network(case, loader)
     if name == EAGER:
-        teacher, batches, how = unfolded(case, network), 1, "eval mode, autocast"
+        teacher, batches = unfolded(case, network), 1
+        how = "eval mode" if case.precision == "fp32" else "eval mode, autocast"
     else:
         engine, batches = ENGINES[name]
         frozen = _frozen(case, network, engine, batches)

@@ -67,7 +67,9 @@ def make_supply(
             table = _table(bench, generation, teacher_weights, supply)
         loader = TableLoader(supply.loader, table)
         return _then(supply, loader, loader.dress, f"label table {table.kind.key}")
-    teacher = _teacher(bench, teacher_weights, bench.recipe.train.batch_size * settings.look_ahead_batches, shapes)
+    # Groups at the end of an epoch are of sizes of their own.
+    images = bench.recipe.train.batch_size * settings.look_ahead_batches
+    teacher = _teacher(bench, teacher_weights, images, 2 * shapes)
     if settings.engine == "folded" and settings.look_ahead_batches == 1:
         return replace(supply, live_teacher=teacher, lessons=teacher.how)
     ahead = LookAhead(supply.loader, teacher, supply.prepare, settings.look_ahead_batches)

@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
 
 from benchmarks import __main__ as everything
 from benchmarks import common, losses, opcount, step, teacher
-from benchmarks.opcount import Count, Floor, OperatorCounter
+from benchmarks.common import Floor
+from benchmarks.opcount import Count, OperatorCounter
 from fastgen.data.batch import Batch
 from fastgen.data.facts import Facts
 from fastgen.data.resident import ResidentLoader
