@@ -31,7 +31,8 @@ from fastgen.kernels.batchnorm_layer import batchnorm_act
 from fastgen.kernels.distill import distill_rows
 from fastgen.kernels.tolerant import tolerant_rows
 from fastgen.kernels.views import execute_views
-from fastgen.labels import TableKind, build_table, read_table
+from fastgen.labelling import build_table
+from fastgen.labels import TableKind, read_table
 from fastgen.lessons import LookAhead, TableLoader
 from fastgen.step import DTYPES, make_prepare
 from fastgen.stop import StopRequest
@@ -207,7 +208,7 @@ def check_labels(case: Case, folder: Path) -> Iterator[Outcome]:
             live = [teacher(prepare(batch.images_NCHW, None)) for batch in loader.batches(views, case.batch_size)]
             ways: dict[str, Loader] = {
                 "label table": TableLoader(loader, table),
-                "look ahead": LookAhead(loader, teacher, prepare, 8),
+                "look ahead": LookAhead(loader, teacher, prepare, 8, case.facts.classes),
             }
             for name, way in ways.items():
                 found = [batch.teacher_logits_BC for batch in way.batches(views, case.batch_size)]

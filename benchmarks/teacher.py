@@ -304,7 +304,7 @@ def make_student(case: Case, asked: Asked, loader: Loader, table: LabelTable | N
         assert table is not None
         lessons = TableLoader(loader, table)
     elif live is None:
-        lessons = LookAhead(loader, asked.logits, prepare, asked.batches)
+        lessons = LookAhead(loader, asked.logits, prepare, asked.batches, case.facts.classes)
     forward = make_forward(model, make_grade(STUDENT), live, prepare, train, device)
     training = Training(
         model, make_optimizer(model, train), make_scaler(train, device), Meter(device), Stopwatch(device)

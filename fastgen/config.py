@@ -20,9 +20,12 @@ from fastgen.rules import check_recipe
 Numbers = float | tuple[float, ...]
 
 
-def setting(default: Any, text: str, *, decides: bool = True) -> Any:
-    """Declares a setting with its help text; `...` as default makes it required."""
-    metadata = {"text": text, "decides": decides, "required": default is ...}
+def setting(default: Any, text: str, *, decides: bool = True, silent: bool = False) -> Any:
+    """Declares a setting with its help text; `...` as default makes it required.
+
+    With `silent` its default is no part of an identity: recipes from before the setting keep their names.
+    """
+    metadata = {"text": text, "decides": decides, "required": default is ..., "silent": silent}
     if default is ...:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -153,9 +156,10 @@ class TrainSettings:
     kernels: Literal["torch", "triton"] = setting(
         "torch",
         "triton: fused loss kernels, and with data.backend=resident one that makes the batches; need an NVIDIA GPU",
+        silent=True,
     )
     batchnorm: Literal["torch", "triton"] = setting(
-        "torch", "triton: batch-norm, residual sum and ReLU as one fused operation; needs an NVIDIA GPU"
+        "torch", "triton: batch-norm, residual sum and ReLU as one fused operation; needs an NVIDIA GPU", silent=True
     )
 
 
@@ -167,6 +171,7 @@ class TeacherSettings:
         "folded",
         "folded: batch-norms folded into convolutions; fused: and convolutions joined with the sums and ReLUs after "
         "them; compile: torch.compile of the folded network",
+        silent=True,
     )
     look_ahead_batches: int = setting(1, "batches of the student that the teacher sees at once", decides=False)
     labels: Literal["live", "table"] = setting(
@@ -234,10 +239,10 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the trained weights, and how many generations are wanted."""
-        decisive = {name: _plain(getattr(self, name), decides=True) for name in SECTIONS}
+        decisive = {name: _decisive(getattr(self, name)) for name in SECTIONS}
         decisive["gen"] |= {"generations": self.gen.generations}
         decisive["data"] |= {"val_limit": self.data.val_limit}
-        return decisive
+        return {name: values for name, values in decisive.items() if values}
 
     @property
     def short_hash(self) -> str:
@@ -268,10 +273,15 @@ def with_seeds(recipe: Recipe) -> Recipe:
     return replace(recipe, run=replace(recipe.run, init_seed=init_seed), data=replace(recipe.data, seed=data_seed))
 
 
-def _plain(section: Any, *, decides: bool = False) -> dict[str, Any]:
-    chosen = [f for f in fields(section) if f.metadata["decides"] or not decides]
-    values = {f.name: getattr(section, f.name) for f in chosen}
+def _plain(section: Any) -> dict[str, Any]:
+    values = {f.name: getattr(section, f.name) for f in fields(section)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _decisive(section: Any) -> dict[str, Any]:
+    values = _plain(section)
+    silent = [f.name for f in fields(section) if f.metadata["silent"] and values[f.name] == f.default]
+    return {f.name: values[f.name] for f in fields(section) if f.metadata["decides"] and f.name not in silent}
 
 
 def _of_generation(value: Numbers, generation: int) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,14 +93,26 @@ def fuse(network: fx.GraphModule) -> fx.GraphModule:
             continue
         name, conv = str(chain.conv.target), _module(network, chain.conv)
         assert isinstance(conv, nn.Conv2d)
-        may_overwrite = chain.residual is not None and _dies_at(network, chain.residual, node, chain)
-        network.set_submodule(name, FusedConv(conv, may_overwrite))
+        network.set_submodule(name, FusedConv(conv))
         inputs = chain.conv.args if chain.residual is None else (*chain.conv.args, chain.residual)
         with network.graph.inserting_before(node):
             node.replace_all_uses_with(network.graph.call_module(name, inputs))
         for replaced in reversed(chain.nodes):
             network.graph.erase_node(replaced)
+    _allow_overwriting(network)
     return _finished(network)
+
+
+def _allow_overwriting(network: fx.GraphModule) -> None:
+    """Lets each fused convolution write into a residual that dies there.
+
+    Only when all chains are joined: a convolution that reads the residual moves to where its own ReLU stood.
+    """
+    for node in network.graph.nodes:
+        layer = _module(network, node)
+        if isinstance(layer, FusedConv) and len(node.args) == 2:
+            x, residual = node.args
+            layer.may_overwrite = x is not residual and _dies_at(network, residual, node)
 
 
 class _Chain(NamedTuple):
@@ -123,7 +136,7 @@ def _chain_to(network: fx.GraphModule, relu: fx.Node, calls: Counter[str]) -> _C
         if (
             _is_plain_conv(network, chain.conv, calls)
             and all(len(node.users) == 1 for node in middle)
-            and not _writes_between(network, chain)
+            and not writes_between(network, chain.nodes)
             and _spares_residual(network, chain)
         ):
             return chain
@@ -156,11 +169,14 @@ def _is_plain_conv(network: fx.GraphModule, node: fx.Node, calls: Counter[str]) 
     )
 
 
-def _writes_between(network: fx.GraphModule, chain: _Chain) -> bool:
-    """Whether anything is written in place between convolution and ReLU: the fused one would read it too late."""
+def writes_between(network: fx.GraphModule, nodes: Sequence[fx.Node]) -> bool:
+    """Whether anything else is written in place between the first and the last of these nodes.
+
+    One operator in the last one's place would read what the first ones read too late.
+    """
     order = list(network.graph.nodes)
-    between = order[order.index(chain.conv) : order.index(chain.nodes[-1])]
-    return any(_writes(network, node) for node in between if node not in chain.nodes)
+    between = order[order.index(nodes[0]) : order.index(nodes[-1])]
+    return any(_writes(network, node) for node in between if node not in nodes)
 
 
 def _writes(network: fx.GraphModule, node: fx.Node) -> bool:
@@ -174,29 +190,33 @@ def _writes(network: fx.GraphModule, node: fx.Node) -> bool:
     of_functional = getattr(node.target, "__module__", "") == F.__name__ and any(
         value is True for value in node.args[1:]
     )
-    return name.endswith("_") or of_operator or of_functional or node.kwargs.get("inplace") is True
+    of_keywords = node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
+    return name.endswith("_") or of_operator or of_functional or of_keywords
 
 
 def _spares_residual(network: fx.GraphModule, chain: _Chain) -> bool:
-    """False for `shortcut += conv(x)` where somebody else may still read the shortcut."""
+    """False for `shortcut += conv(x)` where somebody else may still read the sum under the shortcut's name.
+
+    Convolutions that read the shortcut before may still move behind the sum: the chain that this one becomes leaves
+    the shortcut as it was, unless `_allow_overwriting` finds that they did not move.
+    """
     if chain.residual is None:
         return True
     sum_node = chain.nodes[1]
     writes_into_it = _writes(network, sum_node) and sum_node.args[0] is chain.residual
-    return not writes_into_it or _dies_at(network, chain.residual, sum_node, chain)
+    return not writes_into_it or _dies_at(network, chain.residual, sum_node)
 
 
-def _dies_at(network: fx.GraphModule, value: fx.Node, end: fx.Node, chain: _Chain) -> bool:
-    """Whether a value lies in memory of its own that nothing reads from this node on, and the convolution not at all.
+def _dies_at(network: fx.GraphModule, value: fx.Node, end: fx.Node) -> bool:
+    """Whether a value lies in memory of its own that nothing but this node reads from there on.
 
-    All its readers but the chain must be convolutions before the node: others might give a view of it.
+    All its other readers must be convolutions before the node: others might give a view of it.
     """
     owner = isinstance(_module(network, value), (*OWNERS, FusedConv)) or value.target is F.pad
     order = {node: place for place, node in enumerate(network.graph.nodes)}
-    readers = [user for user in value.users if user not in chain.nodes[1:]]
+    readers = [user for user in value.users if user is not end]
     return (
         owner
-        and chain.conv.args[0] is not value
         and all(isinstance(_module(network, user), (nn.Conv2d, FusedConv)) for user in readers)
         and all(order[user] < order[end] for user in readers)
     )

@@ -53,7 +53,8 @@ def plain(loss: Loss) -> Grade:
         mean = loss(logits_BC, labels_B, teacher_logits_BC)
         correct = (logits_BC.detach().argmax(1) == labels_B).sum()
         gradient = None if scale is None else scale.to(mean.dtype)
-        return Graded(mean.detach() * len(labels_B), correct, mean, gradient)
+        # In fp64: compiled, a product with 1 would be the mean itself, and that output would lose its gradient.
+        return Graded(mean.detach().double() * len(labels_B), correct, mean, gradient)
 
     return grade
 

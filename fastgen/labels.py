@@ -6,22 +6,21 @@ replaces the teacher for every student that it will ever have.
 
 <store>/labels/<key>/logits.safetensors   `logits` (views, images, classes) in the dtype of the teacher's pass, and
                                           `crc32` (views,), checksums of its blocks
+<store>/labels/<key>/cost.json            seconds that it took, and the student that they are charged to
 
-The key is a hash of everything that decides the logits: the teacher's node, the images, the crops, the normalisation,
-the precision and how the teacher was run.
+`labelling.py` makes it. The key is a hash of everything that decides the logits: the teacher's node, the images, the
+crops, the normalisation, the precision and how the teacher was run. Which device made it is not in the key: devices
+differ by rounding.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,19 +28,14 @@ from torch import Tensor
 
 from fastgen.config import hash_of
 from fastgen.crops import Int64, ShiftCrop
-from fastgen.data.batch import Loader
-from fastgen.errors import MachineError, UserError
-from fastgen.nodes import locked
-from fastgen.step import DTYPES, Prepare
-from fastgen.stop import StopRequest
-from fastgen.teacher import Teacher
+from fastgen.errors import UserError
+from fastgen.step import DTYPES
 from fastgen.views import EpochViews
 
 TABLE_FORMAT = 1
-TABLE_BATCH = 1024
 METADATA_KEY = "fastgen"
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-CRC_BYTES = 8
+CRC_DTYPE, CRC_BYTES = "<i8", 8
 
 
 @dataclass(frozen=True)
@@ -90,6 +84,38 @@ class TableKind:
         return hash_of(self.description)[:16]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        return DTYPES[self.precision]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one view's logits."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def header(self) -> bytes:
+        """The head of the safetensors file: its length, eight bytes, and JSON."""
+        logits_bytes = self.block_bytes * self.views
+        layout = {
+            "__metadata__": {METADATA_KEY: json.dumps(self.description, sort_keys=True)},
+            "logits": {
+                "dtype": SAFETENSORS_DTYPES[self.dtype],
+                "shape": list(self.shape),
+                "data_offsets": [0, logits_bytes],
+            },
+            "crc32": {
+                "dtype": "I64",
+                "shape": [self.views],
+                "data_offsets": [logits_bytes, logits_bytes + CRC_BYTES * self.views],
+            },
+        }
+        text = json.dumps(layout, separators=(",", ":"), sort_keys=True).encode()
+        # 64: so that the logits are aligned in memory when the file is mapped.
+        text += b" " * (-(8 + len(text)) % 64)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
     def _flips(self) -> int:
         return 2 if self.crop.flip else 1
 
@@ -128,151 +154,30 @@ class LabelTable:
         return self.kind.numbers(views.table) * self.kind.count + np.arange(self.kind.count)
 
 
+def table_path(folder: Path) -> Path:
+    """The file of the table that is kept in a folder."""
+    return folder / "logits.safetensors"
+
+
 def read_table(folder: Path, kind: TableKind, device: torch.device) -> LabelTable | None:
     """A finished table of this kind; None where there is none.
 
     Raises:
         UserError: the file is damaged, or is of another kind.
     """
-    path = _path(folder)
+    path = table_path(folder)
     if not path.exists():
         return None
-    header = _header(kind)
-    expected = len(header) + _block_bytes(kind) * kind.views + CRC_BYTES * kind.views
+    header = kind.header
+    expected = len(header) + kind.block_bytes * kind.views + CRC_BYTES * kind.views
     with path.open("rb") as file:
         if file.read(len(header)) != header or path.stat().st_size != expected:
             raise UserError(f"{path}: is not the label table of this teacher and these images: delete it")
     # Copy-on-write: read-only to the file, and torch asks for memory that may be written to.
     bytes_ = np.memmap(path, np.uint8, "c", len(header))
-    blocks = bytes_[: _block_bytes(kind) * kind.views].reshape(kind.views, -1)
-    sums = bytes_[_block_bytes(kind) * kind.views :].view("<i8")
+    blocks = bytes_[: kind.block_bytes * kind.views].reshape(kind.views, -1)
+    sums = bytes_[kind.block_bytes * kind.views :].view(CRC_DTYPE)
     if any(zlib.crc32(block.data) != crc for block, crc in zip(blocks, sums, strict=True)):
         raise UserError(f"{path}: is damaged (a checksum differs): delete it, and it is made anew")
-    logits_RC = torch.from_numpy(blocks.reshape(-1)).view(_dtype(kind)).view(-1, kind.classes)
+    logits_RC = torch.from_numpy(blocks.reshape(-1)).view(kind.dtype).view(-1, kind.classes)
     return LabelTable(kind, logits_RC.to(device))
-
-
-def build_table(
-    folder: Path,
-    kind: TableKind,
-    loader: Loader,
-    prepare: Prepare,
-    teacher: Teacher,
-    stop: StopRequest,
-    passed: Callable[[int], None],
-) -> None:
-    """Fills the table, a view of all images at a time; what an earlier session finished is kept.
-
-    Args:
-        folder: made if it is not there.
-        kind: what it will be of.
-        loader: of the training split.
-        prepare: what the student will see of an image.
-        teacher: see `teacher.make_teacher`.
-        stop: asked after each view.
-        passed: told how many views are done.
-
-    Raises:
-        Stopped: a signal came; finished views are kept.
-        MachineError: the disk has no room for it.
-        UserError: another process makes it, or an image cannot be read.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, "this label table"):
-        path, header = _path(folder), _header(kind)
-        partial = path.with_name(f".{path.name}.partial")
-        sums = _resume(partial, header, kind)
-        _require_room(folder, kind, len(sums))
-        passed(len(sums))
-        with partial.open("r+b") as file:
-            file.seek(0, os.SEEK_END)
-            for number in range(len(sums), kind.views):
-                stop.check()
-                block = _label_view(kind, number, loader, prepare, teacher)
-                file.write(block)
-                file.flush()
-                sums.append(zlib.crc32(block))
-                passed(len(sums))
-            file.write(np.array(sums, "<i8").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-
-
-def _label_view(kind: TableKind, number: int, loader: Loader, prepare: Prepare, teacher: Teacher) -> bytes:
-    parts = []
-    for batch in loader.batches(kind.views_of(number), TABLE_BATCH):
-        parts.append(teacher(prepare(batch.images_NCHW, None)))
-    logits_NC = torch.cat(parts)
-    if logits_NC.shape != kind.shape[1:] or logits_NC.dtype != _dtype(kind):
-        raise ValueError(f"the teacher gave {tuple(logits_NC.shape)} {logits_NC.dtype}, the table is {kind.shape}")
-    if not bool(logits_NC.isfinite().all()):
-        raise UserError(
-            "the teacher's logits are not finite: its weights are broken, or train.precision=fp32 is needed"
-        )
-    return logits_NC.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _resume(partial: Path, header: bytes, kind: TableKind) -> list[int]:
-    """Checksums of the views that are there; cuts off what a kill left half written."""
-    block = _block_bytes(kind)
-    with partial.open("a+b") as file:
-        file.seek(0)
-        done = (partial.stat().st_size - len(header)) // block if file.read(len(header)) == header else -1
-        if done < 0:
-            file.truncate(0)
-            file.write(header)
-            return []
-        done = min(done, kind.views)
-        file.truncate(len(header) + done * block)
-        return [zlib.crc32(_read_exactly(file, block)) for _ in range(done)]
-
-
-def _read_exactly(file: IO[bytes], count: int) -> bytes:
-    content = file.read(count)
-    if len(content) != count:
-        raise ValueError(f"{count} bytes were there a moment ago, {len(content)} were read")
-    return content
-
-
-def _require_room(folder: Path, kind: TableKind, done: int) -> None:
-    needed, free = _block_bytes(kind) * (kind.views - done), shutil.disk_usage(folder).free
-    if needed > free:
-        raise MachineError(
-            f"{folder}: the label table needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free: free some, "
-            "name another place with run.nodes, or set teacher.labels=live"
-        )
-
-
-def _path(folder: Path) -> Path:
-    return folder / "logits.safetensors"
-
-
-def _dtype(kind: TableKind) -> torch.dtype:
-    return DTYPES[kind.precision]
-
-
-def _block_bytes(kind: TableKind) -> int:
-    return math.prod(kind.shape[1:]) * _dtype(kind).itemsize
-
-
-def _header(kind: TableKind) -> bytes:
-    """The head of a safetensors file: its length, eight bytes, and JSON."""
-    logits_bytes = _block_bytes(kind) * kind.views
-    layout = {
-        "__metadata__": {METADATA_KEY: json.dumps(kind.description, sort_keys=True)},
-        "logits": {
-            "dtype": SAFETENSORS_DTYPES[_dtype(kind)],
-            "shape": list(kind.shape),
-            "data_offsets": [0, logits_bytes],
-        },
-        "crc32": {
-            "dtype": "I64",
-            "shape": [kind.views],
-            "data_offsets": [logits_bytes, logits_bytes + CRC_BYTES * kind.views],
-        },
-    }
-    text = json.dumps(layout, separators=(",", ":"), sort_keys=True).encode()
-    # 64: so that the logits are aligned in memory when the file is mapped.
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text

@@ -28,13 +28,15 @@ class LookAhead:
         teacher: see `teacher.make_teacher`.
         prepare: what the student sees of an image, and the teacher too.
         count: batches that the teacher sees at once.
+        classes: of its logits.
     """
 
-    def __init__(self, loader: Loader, teacher: Teacher, prepare: Prepare, count: int) -> None:
+    def __init__(self, loader: Loader, teacher: Teacher, prepare: Prepare, count: int, classes: int) -> None:
         self._loader = loader
         self._teacher = teacher
         self._prepare = prepare
-        self._count = count
+        self.count = count
+        self._classes = classes
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -43,10 +45,10 @@ class LookAhead:
         self, views: EpochViews, batch_size: int, first_batch: int = 0, share: Share = WHOLE
     ) -> Iterator[Batch]:
         """See `Loader.batches`; images are prepared, jitter included."""
-        skipped = first_batch % self._count
+        skipped = first_batch % self.count
         found = self._loader.batches(views, batch_size, first_batch - skipped, share)
         # islice asks for no batch beyond the group: the loader's own look ahead is enough.
-        while group := list(itertools.islice(found, self._count)):
+        while group := list(itertools.islice(found, self.count)):
             yield from self.teach(group)[skipped:]
             skipped = 0
 
@@ -63,8 +65,10 @@ class LookAhead:
         ]
 
     def dress(self, batch: Batch) -> Batch:
-        """A raw batch, taught in a group of its like."""
-        return self.teach([batch] * self._count)[0]
+        """A raw batch, prepared, with some logits."""
+        inputs_NCHW = self._prepare(batch.images_NCHW, batch.jitter)
+        logits_BC = inputs_NCHW.new_zeros((len(batch.labels), self._classes))
+        return replace(batch, images_NCHW=inputs_NCHW, jitter=None, teacher_logits_BC=logits_BC)
 
 
 class TableLoader:

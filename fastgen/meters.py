@@ -107,7 +107,7 @@ class Stopwatch:
 
     def add(self, earlier: Mapping[str, float]) -> None:
         """Adds the seconds of an earlier session of the same training."""
-        now = self.seconds()
+        now, self._since = self.seconds(), time.perf_counter()
         self._seconds = {name: now.get(name, 0.0) + earlier.get(name, 0.0) for name in {**now, **earlier}}
 
     def _switch(self, name: str | None) -> str | None:

@@ -81,12 +81,16 @@ def find_node(store: Path, node: str) -> Node | None:
     return found if found.finished else None
 
 
+class InUse(UserError):
+    """Another process holds a folder."""
+
+
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """Holds a folder for this process alone; the lock goes with the process, however it ends.
 
     Raises:
-        UserError: another process holds it.
+        InUse: another process holds it.
     """
     with open(folder / "lock", "a+") as file:
         try:
@@ -94,7 +98,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(f"{folder}: {what} is in use by {holder}: wait for it, or name another folder") from None
+            raise InUse(f"{folder}: {what} is in use by {holder}: wait for it, or name another folder") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()

@@ -165,16 +165,14 @@ def _data_identity(recipe: Recipe, data_hash: str, pixels: str) -> dict[str, Any
 
 def _train_identity(train: dict[str, Any]) -> dict[str, Any]:
     """What has no say is left out, so that it makes no other node."""
-    silent = [name for name in ("kernels", "batchnorm") if train[name] == "torch"]
-    if train["lr_schedule"] != "steps":
-        silent += ["lr_milestones", "lr_factor"]
-    return {name: value for name, value in train.items() if name not in silent}
+    if train["lr_schedule"] == "steps":
+        return train
+    return {name: value for name, value in train.items() if name not in ("lr_milestones", "lr_factor")}
 
 
-def _teaching_identity(recipe: Recipe, teacher_id: str | None) -> dict[str, Any]:
+def _teaching_identity(settings: dict[str, Any], teacher_id: str | None) -> dict[str, Any]:
     """How a teacher is asked rounds its logits in another way, and so decides the student's weights."""
-    engine = recipe.teacher.engine
-    return {"teacher_engine": engine} if teacher_id is not None and engine != "folded" else {}
+    return {"teaching": settings["teacher"]} if teacher_id is not None and "teacher" in settings else {}
 
 
 def _generation(
@@ -195,7 +193,7 @@ def _generation(
         "model": settings["model"],
         "train": _train_identity(settings["train"]),
         "data": data,
-    } | _teaching_identity(recipe, teacher_id)
+    } | _teaching_identity(settings, teacher_id)
     return Generation(
         index=index,
         role="student" if taught else ("patriarch" if index == 0 else "independent"),

@@ -92,12 +92,16 @@ def _refuse_strangers(path: Path, recipe: Recipe) -> None:
 
 
 def _difference(stored: Path, recipe: Recipe) -> str:
-    there, here = load_text(stored.read_text(), str(stored)).identity(), recipe.identity()
-    for section in here:
-        for key, value in here[section].items():
-            if there[section][key] != value:
-                return f"its {section}.{key} is {there[section][key]}, not {value}"
+    there, here = _flat(load_text(stored.read_text(), str(stored))), _flat(recipe)
+    for name in {**here, **there}:
+        theirs, ours = (settings.get(name, "its default") for settings in (there, here))
+        if theirs != ours:
+            return f"its {name} is {theirs}, not {ours}"
     return "it differs"
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in recipe.identity().items() for key, value in keys.items()}
 
 
 class Recorder:

@@ -36,6 +36,12 @@ def part_bounds(images: int, count: int) -> list[int]:
     return sorted({images * number // count for number in range(count + 1)})
 
 
+def group_sizes(samples: int, batch_size: int, count: int) -> list[int]:
+    """How many images are in a group of `count` batches: in full groups, and in the last one of an epoch."""
+    full = batch_size * count
+    return sorted({size for size in (min(full, samples), samples % full) if size})
+
+
 def _part_sizes(recipe: Recipe, samples: int, schedule: Schedule) -> list[int]:
     """How many images may pass through the network at once: parts of full batches and of the last one."""
     train = recipe.train

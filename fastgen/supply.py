@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from fastgen.crops import ShiftCrop
 from fastgen.data.batch import Batch, Loader
 from fastgen.data.resident import ResidentLoader
 from fastgen.evaluate import load_network
-from fastgen.labels import TABLE_BATCH, LabelTable, TableKind, build_table, read_table
+from fastgen.labelling import TABLE_BATCH, build_table, claim_cost
+from fastgen.labels import LabelTable, TableKind, read_table, table_path
 from fastgen.lessons import LookAhead, TableLoader
 from fastgen.meters import Stopwatch
+from fastgen.nodes import Node
 from fastgen.plan import Generation
+from fastgen.shapes import group_sizes
 from fastgen.step import DTYPES, Prepare, make_prepare
 from fastgen.teacher import FrozenTeacher, Teacher, make_teacher
 from fastgen.workbench import Workbench
@@ -30,6 +34,7 @@ class Supply:
             before the training.
         prepare: what the network sees of a batch's images.
         live_teacher: asked within the step; None: there is none, or batches bring its logits along.
+        ahead: asks a teacher before the step; to be warmed up.
         views: how views are executed, for the record.
         lessons: how the teacher is asked, for the record; None: there is none.
     """
@@ -40,19 +45,26 @@ class Supply:
     live_teacher: Teacher | None
     views: str
     lessons: str | None
+    ahead: LookAhead | None = None
 
 
 def make_supply(
-    bench: Workbench, generation: Generation, teacher_weights: Path | None, stopwatch: Stopwatch, shapes: int
+    bench: Workbench,
+    generation: Generation,
+    node: Node,
+    teacher_weights: Path | None,
+    stopwatch: Stopwatch,
+    sides: Collection[tuple[int, int]],
 ) -> Supply:
-    """Builds what the recipe asks for; a label table that is not there yet is made, and charged to phase `labels`.
+    """Builds what the recipe asks for; a label table that is not there yet is made.
 
     Args:
         bench: of the run.
         generation: to be trained.
+        node: its own.
         teacher_weights: of the generation that teaches it; None: it learns from labels alone.
-        stopwatch: of the generation.
-        shapes: how many shapes of batches will come.
+        stopwatch: of the generation; a label table is charged to its phase `labels`.
+        sides: heights and widths of all views that will come.
 
     Raises:
         Stopped: a signal came while a label table was made; what is done of it is kept.
@@ -61,19 +73,19 @@ def make_supply(
     supply = _images(bench)
     if teacher_weights is None:
         return supply
-    settings = bench.recipe.teacher
+    settings, train = bench.recipe.teacher, bench.recipe.train
     if settings.labels == "table":
-        with stopwatch.phase("labels"):
-            table = _table(bench, generation, teacher_weights, supply)
+        table = _table(bench, generation, node, teacher_weights, supply, stopwatch)
         loader = TableLoader(supply.loader, table)
         return _then(supply, loader, loader.dress, f"label table {table.kind.key}")
-    # Groups at the end of an epoch are of sizes of their own.
-    images = bench.recipe.train.batch_size * settings.look_ahead_batches
-    teacher = _teacher(bench, teacher_weights, images, 2 * shapes)
+    groups = group_sizes(len(bench.dataset.train), train.batch_size, settings.look_ahead_batches)
+    teacher = _teacher(bench, teacher_weights, max(groups), len(groups) * len(sides))
     if settings.engine == "folded" and settings.look_ahead_batches == 1:
         return replace(supply, live_teacher=teacher, lessons=teacher.how)
-    ahead = LookAhead(supply.loader, teacher, supply.prepare, settings.look_ahead_batches)
-    return _then(supply, ahead, ahead.dress, f"{teacher.how}, {settings.look_ahead_batches} batches at once")
+    classes = bench.dataset.facts.classes
+    ahead = LookAhead(supply.loader, teacher, supply.prepare, settings.look_ahead_batches, classes)
+    how = f"{teacher.how}, {settings.look_ahead_batches} batches at once"
+    return replace(_then(supply, ahead, ahead.dress, how), ahead=ahead)
 
 
 def _then(supply: Supply, loader: Loader, dress: Callable[[Batch], Batch], lessons: str) -> Supply:
@@ -113,21 +125,40 @@ def _teacher(bench: Workbench, weights: Path, images: int, shapes: int) -> Froze
     )
 
 
-def _table(bench: Workbench, generation: Generation, weights: Path, images: Supply) -> LabelTable:
+def _table(
+    bench: Workbench,
+    generation: Generation,
+    node: Node,
+    weights: Path,
+    images: Supply,
+    stopwatch: Stopwatch,
+) -> LabelTable:
     kind = _kind(bench, generation)
     folder = Path(str(bench.recipe.run.nodes)) / "labels" / kind.key
-    table, path = read_table(folder, kind, bench.device), folder / "logits.safetensors"
-    if table is None:
-        teacher = _teacher(bench, weights, TABLE_BATCH, 2)
-        what = f"teacher of generation {generation.index} labels {kind.views} views of {kind.count} images"
-        with bench.recorder.display.passes(what, kind.views, kind.count) as passed:
-            build_table(folder, kind, images.loader, images.prepare, teacher, bench.stop, passed)
-        bench.recorder.event("label_table", generation=generation.index, path=str(path), teacher=teacher.how)
+    with stopwatch.phase("labels"):
+        began = time.monotonic()
+        if not table_path(folder).exists():
+            _build_table(bench, generation, kind, folder, weights, images)
+        spent = time.monotonic() - began
         table = read_table(folder, kind, bench.device)
     if table is None:
-        raise ValueError(f"{path} was written a moment ago and is not there")
-    bench.recorder.say(f"generation {generation.index} learns from {path} ({path.stat().st_size / 1e9:.2f} GB)")
+        raise ValueError(f"{folder}: the table was written a moment ago and is not there")
+    if not node.checkpoint.exists():
+        # Sessions that were broken off, this student's or another's; a checkpoint holds what was charged before.
+        stopwatch.add({"labels": max(0.0, claim_cost(folder, node.id, bench.stop) - spent)})
+    size = table_path(folder).stat().st_size
+    bench.recorder.say(f"generation {generation.index} learns from {table_path(folder)} ({size / 1e9:.2f} GB)")
     return table
+
+
+def _build_table(
+    bench: Workbench, generation: Generation, kind: TableKind, folder: Path, weights: Path, images: Supply
+) -> None:
+    teacher = _teacher(bench, weights, min(TABLE_BATCH, kind.count), 2)
+    what = f"teacher of generation {generation.index} labels {kind.views} views of {kind.count} images"
+    with bench.recorder.display.passes(what, kind.views, kind.count) as passed:
+        build_table(folder, kind, images.loader, images.prepare, teacher, bench.stop, passed)
+    bench.recorder.event("label_table", generation=generation.index, path=str(folder), teacher=teacher.how)
 
 
 def _kind(bench: Workbench, generation: Generation) -> TableKind:

@@ -58,6 +58,11 @@ def main(words: Sequence[str]) -> None:
             raise
         except torch.OutOfMemoryError as full:
             raise MemoryError(str(full).splitlines()[0]) from None
+        except RuntimeError as error:
+            # How torch's allocator of the CPU's memory says it.
+            if "can't allocate memory" not in str(error):
+                raise
+            raise MemoryError(str(error).splitlines()[0]) from None
         except Diverged as diverged:
             recorder.event("diverged", reason=str(diverged), step=diverged.step, ids=diverged.ids)
             raise

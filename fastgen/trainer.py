@@ -28,7 +28,7 @@ from fastgen.nodes import Node, locked
 from fastgen.optim import make_optimizer, set_lr
 from fastgen.plan import Generation
 from fastgen.schedule import Schedule, make_schedule, resolution_px
-from fastgen.shapes import part_bounds, training_shapes
+from fastgen.shapes import group_sizes, part_bounds, training_shapes
 from fastgen.step import Forward, make_forward, make_scaler
 from fastgen.supply import Supply, make_supply
 from fastgen.views import EpochViews
@@ -71,7 +71,8 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
         training = _start(bench, generation)
         with training.stopwatch.phase("warm_up"):
             shapes = training_shapes(bench.recipe, dataset, schedule)
-            supply = make_supply(bench, generation, teacher_weights, training.stopwatch, len(shapes))
+            sides = {shape[1:] for shape in shapes}
+            supply = make_supply(bench, generation, node, teacher_weights, training.stopwatch, sides)
             forward = _make_forward(bench, training, generation, supply, len(shapes))
             _warm_up(bench, training, forward, supply, shapes)
         _resume(training, node)
@@ -179,6 +180,10 @@ def _warm_up(
     bench: Workbench, training: Training, forward: Forward, supply: Supply, shapes: Sequence[tuple[int, int, int]]
 ) -> None:
     """Compiles, and lets libraries choose their algorithms, on blank images; changes no state."""
+    if supply.ahead is not None:
+        groups = group_sizes(len(bench.dataset.train), bench.recipe.train.batch_size, supply.ahead.count)
+        for count, side in itertools.product(groups, {shape[1:] for shape in shapes}):
+            supply.ahead.teach([_blank(bench, count, *side)])
     before = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
     for count, height_px, width_px in shapes:
         part = supply.dress(_blank(bench, count, height_px, width_px))

@@ -233,6 +233,36 @@ def written_between(net, x):
     return net.relu(y) + x
 
 
+def written_between_by_out(net, x):
+    x = x * 1
+    y = net.a(x)
+    torch.add(x, 1, out=x)
+    return net.relu(y) + x
+
+
+def residual_convolved_before_but_joined_later(net, x):
+    """The convolution that reads the residual moves to its ReLU, behind the sum."""
+    shortcut = net.b(x)
+    early = net.c(shortcut)
+    total = net.relu(net.a(x) + shortcut)
+    return total + net.relu(early)
+
+
+def residual_written_into_and_joined_later(net, x):
+    shortcut = net.b(x)
+    early = net.c(shortcut)
+    total = net.relu(shortcut.add_(net.a(x)))
+    return total + net.relu(early)
+
+
+def residual_in_two_sums(net, x):
+    """Again behind the first sum, and in a sum of its own."""
+    shortcut = net.b(x)
+    early = net.c(shortcut)
+    total = net.relu(net.a(x) + shortcut)
+    return net.relu(early + total)
+
+
 def residual_read_later(net, x):
     x = net.b(x)
     return net.relu(net.a(net.c(x)) + x) + x
@@ -283,6 +313,9 @@ FUSED = {
     "residual is the input": (residual_is_the_input, 1),
     "residual read later": (residual_read_later, 1),
     "residual convolved later": (residual_convolved_later, 1),
+    "residual convolved before but joined later": (residual_convolved_before_but_joined_later, 2),
+    "residual written into and joined later": (residual_written_into_and_joined_later, 2),
+    "convolved before, then two sums": (residual_in_two_sums, 2),
     "residual viewed before": (residual_viewed_before, 1),
     "broadcast": (lambda net, x: net.relu(net.a(x) + x.mean((2, 3), keepdim=True)), 1),
     "broadcast convolution": (lambda net, x: net.relu(net.a(x)[:, :, :1, :1] + x), 0),
@@ -297,6 +330,7 @@ FUSED = {
     "shortcut read again": (shortcut_read_again, 0),
     "sum written into a view": (add_into_view, 0),
     "input written between": (written_between, 0),
+    "input written between by out": (written_between_by_out, 0),
 }
 
 
@@ -337,6 +371,8 @@ def test_a_residual_is_overwritten_only_where_it_dies():
     assert [name for name, layer in fused_layers(fused).items() if layer.may_overwrite] == [
         f"layer{stage}.{block}.conv2" for stage in (1, 2, 3) for block in range(3)
     ]
+    fused = fuse(fold(small(residual_in_two_sums))[0])
+    assert {name: layer.may_overwrite for name, layer in fused_layers(fused).items()} == {"a": False, "c": True}
     for case in [case for case in FUSED if case.startswith("residual") or case == "a + x"]:
         fused = fuse(fold(small(FUSED[case][0]))[0])
         assert not any(layer.may_overwrite for layer in fused_layers(fused).values())

@@ -274,6 +274,13 @@ def test_a_gradient_in_another_layout_is_taken():
     assert torch.equal(seen, x.grad)
 
 
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+def test_a_single_image_may_have_any_strides(with_residual):
+    # Its x and residual as a slice gives them; torch calls neither channels-last.
+    x, residual, dy = images(SHAPES[100], 0), images(SHAPES[100], 1), images(SHAPES[100], 2)
+    require_layer(x.contiguous(), residual.contiguous() if with_residual else None, layer_of(100), dy.contiguous())
+
+
 # Outputs that nobody filled.
 
 GUARD = 64
@@ -428,6 +435,19 @@ def test_compiled_as_one_graph_it_is_the_same():
     assert int(compiled.bn1.num_batches_tracked) == 1
 
 
+def test_compiled_it_takes_a_single_image(few_programs):
+    # The compiler takes the padded shortcut for channels-last, and torch's own operators give it otherwise.
+    model, x = (
+        fuse_norm_act(initialise(build_model("resnet8", 10, 3, "pooled"), 0).to(DEVICE)),
+        images((1, 3, 16, 16), 0),
+    )
+    model.to(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    _, found = gradients(torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager"), x)
+    _, eager = gradients(model, x)
+    assert distance({name.removeprefix("_orig_mod."): value for name, value in found.items()}, eager) < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_under_autocast_it_computes_in_the_convolutions_dtype(dtype):
     plain, x = small_network(), images((4, 3, 6, 6), 0)
@@ -537,6 +557,22 @@ def test_a_step_of_a_fused_network(name, downsample, size, few_programs):
 
 
 @pytest.mark.parametrize(
+    ("name", "downsample", "size"),
+    [("resnet8", "strided", 16), ("resnet8", "pooled", 16), ("resnet20", "pooled", 16), ("resnet18", "strided", 64)],
+)
+def test_a_fused_network_trains_on_a_single_image(name, downsample, size, few_programs):
+    plain = initialise(build_model(name, 10, 3, downsample), 0).to(DEVICE, memory_format=torch.channels_last).train()
+    fused, true, x = fuse_norm_act(copy.deepcopy(plain)), copy.deepcopy(plain).double(), images((1, 3, size, size), 0)
+    _, expected = gradients(true, x.double())
+    _, beside = gradients(plain, x)
+    _, found = gradients(fused, x)
+    # The last layers normalise four values a channel, so roundings grow more than in a batch.
+    assert distance(found, expected) < 4 * distance(beside, expected) < 1e-3
+    states = [{key: value for key, value in model.state_dict().items() if "running" in key} for model in (fused, true)]
+    assert distance(*states) < 1e-5
+
+
+@pytest.mark.parametrize(
     ("name", "fused", "plain"), [("resnet20", 19, 0), ("resnet18", 17, 3), ("resnet34", 33, 3), ("resnet50", 49, 4)]
 )
 def test_which_batch_norms_are_fused(name, fused, plain):
@@ -631,10 +667,25 @@ def residual_changed_in_place(m, x):
     return F.relu(before.add_(m.bn(x))) + before
 
 
+def residual_written_before_the_relu(m, x):
+    residual = m.other(x)
+    total = m.bn(x) + residual
+    residual = residual.mul_(2)
+    return F.relu(total) + residual
+
+
+def input_written_before_the_relu(m, x):
+    out = m.bn(x)
+    x = m.relu_in_place(x)
+    return F.relu(out) + m.other(x)
+
+
 KEPT_FORMS = {
     "read by another": another_reads_the_norm,
     "sum read by another": another_reads_the_sum,
     "residual in place": residual_changed_in_place,
+    "residual written before the ReLU": residual_written_before_the_relu,
+    "input written before the ReLU": input_written_before_the_relu,
     "added to itself": lambda m, x: F.relu((lambda out: out + out)(m.bn(x))),
     "a number added": lambda m, x: F.relu(m.bn(x) + 1) + m.other(x),
     "a factor": lambda m, x: F.relu(torch.add(m.bn(x), x, alpha=2)) + m.other(x),
@@ -648,6 +699,34 @@ KEPT_FORMS = {
 def test_without_a_chain_there_is_nothing_to_fuse(form):
     with pytest.raises(ValueError, match="Forms has no batch-norm that is followed by ReLU alone"):
         fuse_norm_act(Forms(KEPT_FORMS[form]))
+
+
+def only_in_training(m, x):
+    out = F.relu(m.bn(x)) + m.other(x)
+    return out * 2 if m.training else out
+
+
+@pytest.mark.parametrize(
+    "form", [only_in_training, lambda m, x: F.dropout(F.relu(m.bn(x)) + m.other(x), 0.5, m.training)]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_networks_whose_trace_would_freeze_their_mode_are_refused(form, training):
+    model = Forms(form).train(training)
+    model.other.eval()
+    with pytest.raises(ValueError, match="Forms computes something else in train mode than in eval mode"):
+        fuse_norm_act(model)
+    assert [model.training, model.bn.training, model.other.training] == [training, training, False]
+
+
+def test_modules_that_know_their_mode_do_not_freeze_it():
+    model = Forms(lambda m, x: m.drop(F.relu(m.bn(x)) + m.other(x)))
+    model.drop = nn.Dropout(0.5)
+    model.other.eval()
+    fused = fuse_norm_act(model.to(DEVICE))
+    assert [fused.training, fused.bn.training, fused.other.training] == [True, True, False]
+    x = images((2, 16, 4, 4), 0)
+    assert (fused(x) == 0).any()
+    assert torch.equal(fused.eval()(x), model.eval()(x))
 
 
 def test_state_that_the_forward_pass_does_not_use_is_refused():

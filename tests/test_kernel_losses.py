@@ -217,6 +217,14 @@ def test_a_stored_teacher_whose_roundings_exceed_one_has_no_residual():
     assert rows.isfinite().all()
 
 
+@pytest.mark.parametrize("label", [-1, -100, 12, 15, 16, 1000])
+def test_a_label_that_is_no_class_makes_the_loss_nan(label):
+    z, y, v = some()
+    y[2] = label
+    for rows, _ in (tolerant_rows(z, y, ETA, K, None, 1.0), distill_rows(z, y, v, 0.6, 1.0, None, 1.0)):
+        assert rows[LOSS].isnan().tolist() == [False, False, True, False, False]
+
+
 def test_no_rows_are_no_launch():
     z, y, v = some(rows=0)
     for rows, gradient in (tolerant_rows(z, y, ETA, K, None, 1.0), distill_rows(z, y, v, 0.6, 1.0, None, 1.0)):

@@ -6,6 +6,8 @@ import itertools
 import json
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastgen import labels, supply, train
+from fastgen import labelling, supply, train
 from fastgen.augment import Normaliser
 from fastgen.crops import JitterPolicy, ShiftCrop
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.errors import MachineError, Stopped, UserError
-from fastgen.labels import LabelTable, TableKind, build_table, read_table
+from fastgen.labelling import build_table, claim_cost
+from fastgen.labels import LabelTable, TableKind, read_table
 from fastgen.lessons import LookAhead, TableLoader
 from fastgen.models import build_model, initialise
 from fastgen.step import make_prepare
@@ -93,7 +96,7 @@ def test_every_view_has_a_number_and_every_number_a_view(crop):
 def test_cifar_has_162_views_of_each_image_and_its_table_1_62_gigabytes():
     kind = kind_of(crop=ShiftCrop(32, 32, 4, True), count=50_000, classes=100, precision="fp16")
     assert kind.shape == (162, 50_000, 100)
-    assert labels._block_bytes(kind) * kind.views == 1_620_000_000
+    assert kind.block_bytes * kind.views == 1_620_000_000
 
 
 def test_views_beyond_the_crops_are_refused():
@@ -199,7 +202,7 @@ def test_a_table_that_was_stopped_goes_on_where_it_was(loader, tmp_path):
 
 def test_a_partial_table_of_another_kind_is_begun_anew(loader, tmp_path):
     kind = kind_of()
-    tmp_path.joinpath(".logits.safetensors.partial").write_bytes(labels._header(kind_of(teacher="other")) + b"x" * 9000)
+    tmp_path.joinpath(".logits.safetensors.partial").write_bytes(kind_of(teacher="other").header + b"x" * 9000)
     teacher = CountingTeacher(teacher_of(kind))
     build(tmp_path, kind, loader, teacher)
     assert teacher.passes == kind.views
@@ -239,17 +242,65 @@ def test_a_damaged_table_is_refused(loader, tmp_path, at):
 
 def test_a_disk_without_room_is_refused_before_anything_is_labelled(loader, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(labels.shutil, "disk_usage", lambda folder: usage._replace(free=100))
+    monkeypatch.setattr(labelling.shutil, "disk_usage", lambda folder: usage._replace(free=100))
     teacher = CountingTeacher(teacher_of(kind_of()))
     with pytest.raises(MachineError, match=r"teacher\.labels=live"):
         build(tmp_path, kind_of(), loader, teacher)
     assert teacher.passes == 0
 
 
-def test_two_processes_do_not_make_the_same_table(loader, tmp_path):
+def test_a_power_failure_leaves_nothing_that_is_taken_for_logits(loader, tmp_path):
+    kind, told = kind_of(), []
+    build(tmp_path / "whole", kind, loader)
+    with StopRequest() as stop, pytest.raises(Stopped):
+        build(tmp_path / "torn", kind, loader, CountingTeacher(teacher_of(kind), stop_after=6), stop)
+    # The file has its length, and a block of it was never written.
+    partial = tmp_path / "torn" / ".logits.safetensors.partial"
+    content = bytearray(partial.read_bytes())
+    begin = len(kind.header) + 3 * kind.block_bytes
+    content[begin : begin + kind.block_bytes] = bytes(kind.block_bytes)
+    partial.write_bytes(content)
+    build(tmp_path / "torn", kind, loader, passed=told.append)
+    assert told[0] == 3
+    ours, theirs = (tmp_path / name / "logits.safetensors" for name in ("torn", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_who_finds_another_at_it_waits_and_takes_what_that_one_made(loader, tmp_path, monkeypatch):
+    monkeypatch.setattr(labelling, "WAIT_SECONDS", 0.01)
     kind = kind_of()
-    with labels.locked(tmp_path, "this label table"), pytest.raises(UserError, match="in use"):
-        build(tmp_path, kind, loader)
+    late = CountingTeacher(teacher_of(kind))
+    build(tmp_path / "theirs", kind, loader)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with labelling.locked(mine, "this label table"):
+            waiting = pool.submit(build, mine, kind, loader, late)
+            time.sleep(0.3)
+            assert not waiting.done()
+            shutil.copy(tmp_path / "theirs" / "logits.safetensors", mine)
+        assert torch.equal(waiting.result(60).logits_RC, read_table(tmp_path / "theirs", kind, CPU).logits_RC)
+    assert late.passes == 0
+
+
+def test_who_waits_can_be_stopped(loader, tmp_path):
+    with labelling.locked(tmp_path, "this label table"), StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped):
+            build(tmp_path, kind_of(), loader, stop=stop)
+
+
+def test_the_first_student_is_charged_with_all_sessions_and_no_other(loader, tmp_path, monkeypatch):
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(labelling.time, "monotonic", lambda: next(clock))
+    kind = kind_of()
+    with StopRequest() as stop, pytest.raises(Stopped):
+        build(tmp_path, kind, loader, CountingTeacher(teacher_of(kind), stop_after=2), stop)
+    build(tmp_path, kind, loader)
+    # Two sessions of ten ticks.
+    assert claim_cost(tmp_path, "first", StopRequest()) == 20
+    assert claim_cost(tmp_path, "second", StopRequest()) == 0
+    assert claim_cost(tmp_path, "first", StopRequest()) == 20
 
 
 def test_logits_that_are_not_finite_make_no_table(loader, tmp_path):
@@ -270,7 +321,7 @@ def test_looking_ahead_is_the_live_teacher(split, loader, count, jitter):
     crop, kind = replace(CROP, jitter=jitter), kind_of()
     teacher, prepare = teacher_of(kind), prepare_of(kind, crop)
     views = epoch_of(split, crop=crop)
-    found = list(LookAhead(loader, teacher, prepare, count).batches(views, 6))
+    found = list(LookAhead(loader, teacher, prepare, count, 10).batches(views, 6))
     plain = list(loader.batches(views, 6))
     assert [len(batch.labels) for batch in found] == [6, 6, 6, 2]
     for batch, raw in zip(found, plain, strict=True):
@@ -292,10 +343,10 @@ def test_a_resumed_look_ahead_forms_the_same_groups(split, loader, first_batch):
         return images_NCHW.mean((2, 3))
 
     prepare = prepare_of(kind_of())
-    whole = list(LookAhead(loader, teacher, prepare, 2).batches(epoch_of(split), 6))
+    whole = list(LookAhead(loader, teacher, prepare, 2, 10).batches(epoch_of(split), 6))
     assert sizes == [12, 8]
     sizes.clear()
-    rest = list(LookAhead(loader, teacher, prepare, 2).batches(epoch_of(split), 6, first_batch))
+    rest = list(LookAhead(loader, teacher, prepare, 2, 10).batches(epoch_of(split), 6, first_batch))
     assert sizes == [12, 8][first_batch // 2 :]
     assert [batch.ids.tolist() for batch in rest] == [batch.ids.tolist() for batch in whole[first_batch:]]
 
@@ -309,7 +360,7 @@ def test_looking_ahead_reads_no_further_than_its_group(split, loader):
                 asked.append(len(batch.labels))
                 yield batch
 
-    batches = LookAhead(Watched(), lambda images: images.mean((2, 3)), prepare_of(kind_of()), 2).batches(
+    batches = LookAhead(Watched(), lambda images: images.mean((2, 3)), prepare_of(kind_of()), 2, 3).batches(
         epoch_of(split), 6
     )
     next(batches)
@@ -362,6 +413,37 @@ def test_students_end_with_the_weights_of_those_of_a_live_teacher(live, tmp_path
     assert json.loads((other / "plan.json").read_text()) == json.loads((live / "plan.json").read_text())
 
 
+def test_a_batch_of_one_image_is_within_rounding(live, tmp_path):
+    words = ["--train.batch_size=199", "--gen.generations=1"]
+    ours = weights(run(tmp_path, "ours", *words, "--teacher.labels=table"), 1)
+    theirs = weights(run(tmp_path, "theirs", *words), 1)
+    assert all(torch.allclose(ours[name], tensor, atol=1e-5) for name, tensor in theirs.items())
+
+
+def test_more_batches_ahead_than_there_are_is_the_whole_epoch(live, tmp_path):
+    other = run(tmp_path, "other", "--teacher.look_ahead_batches=100000000", "--gen.generations=1")
+    ours, theirs = weights(other, 1), weights(live, 1)
+    assert all(torch.allclose(ours[name], tensor, atol=1e-3) for name, tensor in theirs.items())
+
+
+def test_only_shapes_that_come_are_shown_to_the_teacher(tmp_path, monkeypatch):
+    seen, right = [], supply.make_teacher
+
+    def watched(*words, **options):
+        teacher = right(*words, **options)
+
+        def network(images_NCHW):
+            seen.append(len(images_NCHW))
+            return teacher(images_NCHW)
+
+        return replace(teacher, network=network)
+
+    monkeypatch.setattr(supply, "make_teacher", watched)
+    run(tmp_path, "run", "--teacher.look_ahead_batches=2", "--train.batch_size=45", "--gen.generations=1")
+    # 200 images in batches of 45: groups of 90, 90 and 20. Warmed up once each, then two epochs.
+    assert seen == [20, 90, *2 * [90, 90, 20]]
+
+
 @pytest.mark.parametrize("engine", ["fused", "compile"])
 def test_other_engines_of_the_teacher_make_other_nodes_and_near_weights(live, tmp_path, engine):
     other = run(tmp_path, "other", f"--teacher.engine={engine}")
@@ -389,19 +471,22 @@ def test_the_first_student_makes_the_table_and_the_next_only_reads_it(tmp_path, 
 
 
 def test_a_run_that_was_stopped_while_it_labelled_ends_like_one_that_was_not(live, tmp_path, monkeypatch):
-    right = labels._label_view
+    right = labelling._label_view
 
     def stopping(kind, number, *rest):
         if number == 4:
+            time.sleep(0.5)
             signal.raise_signal(signal.SIGTERM)
         return right(kind, number, *rest)
 
-    monkeypatch.setattr(labels, "_label_view", stopping)
+    monkeypatch.setattr(labelling, "_label_view", stopping)
     with pytest.raises(Stopped):
         run(tmp_path, "other", "--teacher.labels=table")
-    monkeypatch.setattr(labels, "_label_view", right)
+    monkeypatch.setattr(labelling, "_label_view", right)
     other = run(tmp_path, "other", "--teacher.labels=table")
     assert all(torch.equal(tensor, weights(live, 2)[name]) for name, tensor in weights(other, 2).items())
+    # The session that was stopped is charged, too.
+    assert training_of(other, 1)["seconds"]["labels"] > 0.5
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,22 @@ def test_half_precision_learns(finished, precision, epochs):
     assert weights_of(finished / precision, 1)["conv1.weight"].dtype == torch.float32
 
 
+def test_compile_takes_a_last_batch_of_one_image(finished):
+    words = [
+        "--data.train_limit=101",
+        "--train.batch_size=50",
+        "--train.epochs=1",
+        "--gen.generations=1",
+        "--train.lr=0.001",
+    ]
+    for engine in ("eager", "compile"):
+        main(words_of(finished, f"one_{engine}", f"--run.nodes={finished / 'one'}", f"--train.engine={engine}", *words))
+    for generation in range(2):
+        ours, theirs = (weights_of(finished / f"one_{engine}", generation) for engine in ("eager", "compile"))
+        # Three steps from rounding errors of 2^-24.
+        assert all(torch.allclose(ours[name], tensor, atol=1e-4) for name, tensor in theirs.items())
+
+
 def test_compile_gives_the_losses_of_eager(finished):
     curves = []
     for engine in ("eager", "compile"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,19 @@ def require_images(x_NCHW: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} has strides {tensor.stride()}: give dense channels-last memory")
 
 
+@overload
+def _dense(tensor_NCHW: Tensor) -> Tensor: ...
+@overload
+def _dense(tensor_NCHW: Tensor | None) -> Tensor | None: ...
+def _dense(tensor_NCHW: Tensor | None) -> Tensor | None:
+    """A single image in channels-last memory; all else as it is, for `require_images` to judge."""
+    if tensor_NCHW is None or tensor_NCHW.ndim != 4 or len(tensor_NCHW) != 1:
+        return tensor_NCHW
+    # Of one image torch sees no layout in the strides: slices, pads and 1x1 convolutions give (C, H, W) in memory.
+    # One copy of each that comes so, in the operators, as a compiler's strides may differ from those that are met.
+    return tensor_NCHW.contiguous(memory_format=torch.channels_last)
+
+
 def require_channels(x_NCHW: Tensor, **vectors: Tensor) -> None:
     """Refuses parameters and statistics that the kernels would read wrongly.
 
@@ -77,7 +90,7 @@ def forward_op(
     """max(0, batch-norm(x) [+ residual]), and what the backward pass needs.
 
     Args:
-        x_NCHW: fp16, bf16 or fp32, dense channels-last.
+        x_NCHW: fp16, bf16 or fp32, dense channels-last; a single image may have any strides.
         residual_NCHW: like x, or None.
         weight_C, bias_C: fp32.
         running_mean_C, running_var_C: fp32, changed: (1 - momentum) of the old and momentum of the new, the
@@ -91,6 +104,7 @@ def forward_op(
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
     """
+    x_NCHW, residual_NCHW = _dense(x_NCHW), _dense(residual_NCHW)
     require_images(x_NCHW, residual=residual_NCHW)
     require_channels(x_NCHW, weight=weight_C, bias=bias_C, running_mean=running_mean_C, running_var=running_var_C)
     y_NCHW, saved_2C = _forward_outputs(x_NCHW)
@@ -116,8 +130,12 @@ def _(x_NCHW: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _forward_outputs(x_NCHW)
 
 
+def _empty_like(x_NCHW: Tensor) -> Tensor:
+    return torch.empty_like(x_NCHW, memory_format=torch.channels_last)
+
+
 def _forward_outputs(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_NCHW), x_NCHW.new_empty((2, x_NCHW.shape[1]), dtype=torch.float32)
+    return _empty_like(x_NCHW), x_NCHW.new_empty((2, x_NCHW.shape[1]), dtype=torch.float32)
 
 
 @torch.library.custom_op("fastgen::batchnorm_act_backward", mutates_args=())
@@ -137,6 +155,7 @@ def backward_op(
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
     """
+    dy_NCHW, x_NCHW, y_NCHW = _dense(dy_NCHW), _dense(x_NCHW), _dense(y_NCHW)
     require_images(x_NCHW, dy=dy_NCHW, y=y_NCHW)
     require_channels(x_NCHW, weight=weight_C, bias=bias_C)
     dx_NCHW, dz_NCHW, dweight_C, dbias_C = _backward_outputs(x_NCHW, y_NCHW)
@@ -164,9 +183,9 @@ def _(
 
 
 def _backward_outputs(x_NCHW: Tensor, y_NCHW: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dz_NCHW = x_NCHW.new_empty(0) if y_NCHW is None else torch.empty_like(x_NCHW)
+    dz_NCHW = x_NCHW.new_empty(0) if y_NCHW is None else _empty_like(x_NCHW)
     dweight_C, dbias_C = (x_NCHW.new_empty(x_NCHW.shape[1], dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(x_NCHW), dz_NCHW, dweight_C, dbias_C
+    return _empty_like(x_NCHW), dz_NCHW, dweight_C, dbias_C
 
 
 class _Link(torch.autograd.Function):
@@ -246,7 +265,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return fused.train(norm.training)
 
     def forward(self, x_NCHW: Tensor, residual_NCHW: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) dense channels-last -> the same."""
+        """(N, C, H, W) dense channels-last, for N = 1 in any layout -> the same shape."""
         mean_C, var_C = self.running_mean, self.running_var
         if not self.training:
             return reference(

@@ -76,7 +76,7 @@ def distill_kernel(
 
     loss = (1.0 - teacher_weight) * cross_entropy + teacher_weight * temperature * temperature * divergence
     g = (1.0 - teacher_weight) * (p - (cols == label).to(tl.float32)) + teacher_weight * temperature * (soft_p - t)
-    store_row(rows, row, count, loss, tl.exp(-log_total), rank_of(z, label, z_label, BLOCK))
+    store_row(rows, row, count, loss, tl.exp(-log_total), rank_of(z, label, z_label, BLOCK), label, C)
     store_gradient(gradient, row, g * weight_of(weight, scale, HAS_SCALE), C, BLOCK)
 
 
@@ -131,7 +131,7 @@ def distill_rows(
 
     Args:
         logits_BC: fp16, bf16 or fp32; rows contiguous, any stride between them.
-        labels_B: int64, in 0..C-1.
+        labels_B: int64, in 0..C-1; another one makes its loss NaN.
         teacher_logits_BC: of any of those dtypes; no gradient flows into it.
         teacher_weight: lambda, in [0, 1].
         temperature: t, above 0.

@@ -102,7 +102,7 @@ def distill_topm_kernel(
     loss = (1.0 - teacher_weight) * cross_entropy + teacher_weight * temperature * temperature * divergence
     g = (1.0 - teacher_weight) * (p - (cols == label).to(tl.float32))
     g += teacher_weight * temperature * (soft_p - target)
-    store_row(rows, row, count, loss, tl.exp(-log_total), rank_of(z, label, z_label, BLOCK))
+    store_row(rows, row, count, loss, tl.exp(-log_total), rank_of(z, label, z_label, BLOCK), label, C)
     store_gradient(gradient, row, g * weight_of(weight, scale, HAS_SCALE), C, BLOCK)
 
 
@@ -160,7 +160,7 @@ def distill_topm_rows(
 
     Args:
         logits_BC: fp16, bf16 or fp32; rows contiguous, any stride between them.
-        labels_B: int64, in 0..C-1.
+        labels_B: int64, in 0..C-1; another one makes its loss NaN.
         classes_BM: int16, int32 or int64, the classes that the teacher keeps, no two alike in a row; M < C.
         probabilities_BM: fp16, bf16 or fp32, the teacher's at this temperature.
         teacher_weight: lambda, in [0, 1].

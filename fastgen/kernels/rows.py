@@ -51,9 +51,9 @@ def rank_of(z, label, z_label, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_row(rows, row, count, loss, confidence, rank):
-    """Writes loss, p_a1, top-1 hit and top-5 hit of a row into rows_4B."""
-    tl.store(rows + row, loss)
+def store_row(rows, row, count, loss, confidence, rank, label, C: tl.constexpr):
+    """Writes loss, p_a1, top-1 hit and top-5 hit of a row into rows_4B; a label that is no class makes the loss NaN."""
+    tl.store(rows + row, tl.where((label >= 0) & (label < C), loss, float("nan")))
     tl.store(rows + count + row, confidence)
     tl.store(rows + 2 * count + row, (rank < 1).to(tl.float32))
     tl.store(rows + 3 * count + row, (rank < 5).to(tl.float32))

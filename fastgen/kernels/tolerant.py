@@ -72,7 +72,7 @@ def tolerant_kernel(
         s = tl.sum(w * p, 0)
         loss = (1.0 - eta) * loss + eta * s
         g = (1.0 - eta) * g + eta * p * (w - s)
-    store_row(rows, row, count, loss, tl.exp(-log_total), rank_of(z, label, z_label, BLOCK))
+    store_row(rows, row, count, loss, tl.exp(-log_total), rank_of(z, label, z_label, BLOCK), label, C)
     store_gradient(gradient, row, g * weight_of(weight, scale, HAS_SCALE), C, BLOCK)
 
 
@@ -117,7 +117,7 @@ def tolerant_rows(
 
     Args:
         logits_BC: fp16, bf16 or fp32; rows contiguous, any stride between them.
-        labels_B: int64, in 0..C-1.
+        labels_B: int64, in 0..C-1; another one makes its loss NaN.
         eta: weight of the score difference, in [0, 1]; 0 is plain cross-entropy.
         k: K, 2..C; not looked at where eta is 0.
         scale: fp32 (), on the device; None: 1.

@@ -6,6 +6,7 @@ place. Names and values of the state, the parameters and their order stay as the
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import Counter
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from fastgen.folding import writes_between
 
 RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 # torch.fx traces += as +.
@@ -55,6 +58,11 @@ class Chain(NamedTuple):
         """The other operand of the addition, if there is one."""
         return () if self.add is None else tuple(node for node in _operands(self.add) if node is not self.norm)
 
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All of them, in order."""
+        return tuple(node for node in self if node is not None)
+
 
 def fuse_norm_act(model: nn.Module) -> nn.Module:
     """The network with every bn -> relu and bn -> add -> relu as one BatchNormAct2d.
@@ -62,14 +70,17 @@ def fuse_norm_act(model: nn.Module) -> nn.Module:
     Parameters and buffers are shared with `model`: trained weights are in both, unless one of them is moved to
     another device or dtype afterwards, which gives it buffers of its own. Where both operands of an addition are
     batch-norms (torchvision's shortcuts), the one that is computed first is fused and the other stays as it is.
-    Values that anything else reads, and modules that are called twice, are left alone.
+    Values that anything else reads, modules that are called twice, and chains between whose ends something else is
+    written in place are left alone.
 
     Raises:
-        ValueError: nothing to fuse was found, or the network holds state that its forward pass does not use.
+        ValueError: nothing to fuse was found, the network computes something else in train mode than in eval mode, or
+            it holds state that its forward pass does not use.
     """
     # Here and not above: it imports Triton.
     from fastgen.kernels.batchnorm_layer import BatchNormAct2d
 
+    _require_one_trace(model)
     traced = fx.symbolic_trace(model)
     chains = _chains(traced)
     if not chains:
@@ -81,13 +92,36 @@ def fuse_norm_act(model: nn.Module) -> nn.Module:
         with traced.graph.inserting_before(chain.relu):
             call = traced.graph.call_module(target, (chain.norm.args[0], *chain.residual))
         chain.relu.replace_all_uses_with(call)
-        for node in filter(None, (chain.relu, chain.add, chain.norm)):
+        for node in reversed(chain.nodes):
             traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
     traced.recompile()
     if list(traced.state_dict()) != list(model.state_dict()):
         raise ValueError(f"{type(model).__name__} holds its state in another order than it uses it: cannot be fused")
     return traced
+
+
+def _require_one_trace(model: nn.Module) -> None:
+    """Refuses what a trace would freeze in the mode that the network is in; changes nothing.
+
+    Modules such as nn.Dropout keep their mode; an `if self.training` and F.dropout(x, training=self.training) do not.
+    """
+    modes = {module: module.training for module in model.modules()}
+    graphs = []
+    try:
+        for training in (True, False):
+            for module in modes:
+                module.training = training
+            # A shallow copy, as the tracer keeps constants on what it traces.
+            graphs.append(str(fx.Tracer().trace(copy.copy(model))))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if graphs[0] != graphs[1]:
+        raise ValueError(
+            f"{type(model).__name__} computes something else in train mode than in eval mode, and not in modules such "
+            "as nn.Dropout: cannot be fused, as its trace would keep to one mode"
+        )
 
 
 def _chains(traced: fx.GraphModule) -> list[Chain]:
@@ -97,8 +131,10 @@ def _chains(traced: fx.GraphModule) -> list[Chain]:
         if not _is_norm(traced, node) or calls[node.target] > 1:
             continue
         chain = _chain_from(traced, node)
+        if chain is None or writes_between(traced, chain.nodes):
+            continue
         # Of two batch-norms that are added, the second finds its ReLU taken.
-        if chain is not None and all(chain.relu is not other.relu for other in chains):
+        if all(chain.relu is not other.relu for other in chains):
             chains.append(chain)
     return chains
 
