@@ -194,6 +194,15 @@ def test_small_gradients_in_fp16_survive_until_they_are_scaled():
     )
 
 
+def test_a_high_temperature_does_not_overflow_fp16():
+    z, y, v = some(dtype=torch.float16)
+    found, exact = z.clone().requires_grad_(), z.double().requires_grad_()
+    distill(found, y, v, 1.0, 64.0).backward()
+    losses.distill(exact, y, v.double(), 1.0, 64.0).backward()
+    # Two roundings to fp16; quotients of logits below 16 are rounded before exp, and the temperature multiplies that.
+    torch.testing.assert_close(found.grad.double(), exact.grad, rtol=2.0**-9, atol=64 * 8 * 2.0**-24)
+
+
 def test_logits_of_minus_infinity_are_classes_without_probability():
     z = torch.tensor([[0.0, -math.inf, 1.0, -math.inf, -math.inf, -math.inf]], dtype=torch.float16, device=DEVICE)
     y = torch.tensor([0], device=DEVICE)

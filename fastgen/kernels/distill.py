@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastgen.kernels.rows import (
     LOSS,
-    UNIT_WEIGHT,
     at_index,
     block_of,
     empty_rows,
@@ -27,6 +26,7 @@ from fastgen.kernels.rows import (
     softmax_row,
     store_gradient,
     store_row,
+    unit_weight,
     warps_of,
     weight_of,
 )
@@ -188,6 +188,6 @@ def distill(
         teacher_weight,
         temperature,
         None,
-        UNIT_WEIGHT[logits_BC.dtype],
+        unit_weight(logits_BC.dtype, temperature),
     )
     return rows_4B[LOSS].mean()

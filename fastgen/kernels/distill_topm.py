@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.rows import (
+    DTYPES,
     LOSS,
-    UNIT_WEIGHT,
     at_index,
     block_of,
     empty_rows,
@@ -32,6 +32,7 @@ from fastgen.kernels.rows import (
     softmax_row,
     store_gradient,
     store_row,
+    unit_weight,
     warps_of,
     weight_of,
 )
@@ -204,7 +205,7 @@ def _require_kept(logits_BC: Tensor, classes_BM: Tensor, probabilities_BM: Tenso
         raise ValueError(f"M = {kept} of {logits_BC.shape[1]} classes: keep fewer, or use the dense `distill_rows`")
     if not classes_BM.is_contiguous() or not probabilities_BM.is_contiguous():
         raise ValueError("the kept classes and probabilities are not contiguous")
-    if classes_BM.dtype not in (torch.int16, torch.int32, torch.int64) or probabilities_BM.dtype not in UNIT_WEIGHT:
+    if classes_BM.dtype not in (torch.int16, torch.int32, torch.int64) or probabilities_BM.dtype not in DTYPES:
         raise ValueError(f"classes are {classes_BM.dtype}, probabilities {probabilities_BM.dtype}: see the docstring")
 
 
@@ -242,6 +243,6 @@ def distill_topm(
         teacher_weight,
         temperature,
         None,
-        UNIT_WEIGHT[logits_BC.dtype],
+        unit_weight(logits_BC.dtype, temperature),
     )
     return rows_4B[LOSS].mean()

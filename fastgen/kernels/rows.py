@@ -5,6 +5,7 @@ Everything is fp32 from the load on. A row beyond C classes is -inf, which is pr
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,8 +17,7 @@ from torch._library.custom_ops import CustomOpDef
 # The rows of `rows_4B`.
 LOSS, CONFIDENCE, TOP1, TOP5 = range(4)
 
-# Row gradients lie in [-tau, tau]; as fp16 they would lose everything below 2^-24. Powers of two are exact.
-UNIT_WEIGHT = {torch.float16: 2.0**12, torch.bfloat16: 1.0, torch.float32: 1.0}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit
@@ -74,6 +74,16 @@ def store_gradient(gradient, row, g, C: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(gradient + row.to(tl.int64) * C + cols, g.to(gradient.dtype.element_ty), mask=cols < C)
 
 
+def unit_weight(dtype: torch.dtype, temperature: float = 1.0) -> float:
+    """Weight under which gradients of single rows are stored for autograd: a power of two, which is exact.
+
+    They lie in [-t, t] for a temperature t above 1, and fp16 loses what is below 2^-24 or above 2^16.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    return 2.0 ** (12 - max(0, math.ceil(math.log2(temperature))))
+
+
 def block_of(classes: int) -> int:
     """Elements that a program holds."""
     return triton.next_power_of_2(classes)
@@ -104,7 +114,7 @@ def require_rows(logits_BC: Tensor, labels_B: Tensor, teacher_logits_BC: Tensor 
             continue
         if tensor.shape != logits_BC.shape or tensor.device != logits_BC.device:
             raise ValueError(f"{name} are {tuple(tensor.shape)} on {tensor.device}: give both alike")
-        if tensor.dtype not in UNIT_WEIGHT:
+        if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} are {tensor.dtype}: give fp16, bf16 or fp32")
         if tensor.stride(1) != 1:
             raise ValueError(f"{name} have stride {tensor.stride(1)} between classes: give rows that are contiguous")

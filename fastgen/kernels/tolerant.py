@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastgen.kernels.rows import (
     LOSS,
-    UNIT_WEIGHT,
     at_index,
     block_of,
     empty_rows,
@@ -28,6 +27,7 @@ from fastgen.kernels.rows import (
     softmax_row,
     store_gradient,
     store_row,
+    unit_weight,
     warps_of,
     weight_of,
 )
@@ -150,5 +150,5 @@ make_differentiable(tolerant_rows)
 
 def tolerant(logits_BC: Tensor, labels_B: Tensor, eta: float, k: int) -> Tensor:
     """Mean objective of the batch, fp32 (), differentiable once; see `tolerant_rows` and `losses.tolerant`."""
-    rows_4B, _ = tolerant_rows(logits_BC, labels_B, eta, k, None, UNIT_WEIGHT[logits_BC.dtype])
+    rows_4B, _ = tolerant_rows(logits_BC, labels_B, eta, k, None, unit_weight(logits_BC.dtype))
     return rows_4B[LOSS].mean()
