@@ -201,7 +201,7 @@ def check_labels(case: Case, folder: Path) -> Iterator[Outcome]:
         prepare = make_prepare(case.normaliser(DTYPES[precision]))
         with full_fp32():
             teacher = make_teacher(copy.deepcopy(model), case.device, DTYPES[precision])
-            build_table(folder / precision, kind, loader, prepare, teacher, StopRequest(), lambda done: None)
+            build_table(folder / precision, kind, loader, prepare, teacher, StopRequest(), lambda done: None, print)
             table = read_table(folder / precision, kind, case.device)
             if table is None:
                 raise ValueError("the table that was built is not there")

@@ -39,6 +39,7 @@ def build_table(
     teacher: Teacher,
     stop: StopRequest,
     passed: Callable[[int], None],
+    say: Callable[[str], None],
 ) -> None:
     """Fills the table, a view of all images at a time; what an earlier session finished is kept.
 
@@ -52,6 +53,7 @@ def build_table(
         teacher: see `teacher.make_teacher`.
         stop: asked after each view.
         passed: told how many views are done.
+        say: told that another process is waited for.
 
     Raises:
         Stopped: a signal came; finished views are kept.
@@ -59,7 +61,7 @@ def build_table(
         UserError: an image cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked_in_turn(folder, stop):
+    with _locked_in_turn(folder, stop, say):
         if not table_path(folder).exists():
             with _costing(folder):
                 _fill(folder, kind, lambda number: _label_view(kind, number, loader, prepare, teacher), stop, passed)
@@ -87,15 +89,19 @@ def _fill(
 
 
 @contextmanager
-def _locked_in_turn(folder: Path, stop: StopRequest) -> Iterator[None]:
+def _locked_in_turn(folder: Path, stop: StopRequest, say: Callable[[str], None]) -> Iterator[None]:
     """Holds the folder, after whoever holds it now."""
     with ExitStack() as held:
+        told = False
         while True:
             try:
                 held.enter_context(locked(folder, "this label table"))
                 break
-            except InUse:
+            except InUse as holder:
                 stop.check()
+                if not told:
+                    say(f"waiting: {str(holder).rpartition(': ')[0]}")
+                told = True
                 time.sleep(WAIT_SECONDS)
         yield
 
@@ -171,15 +177,16 @@ def _costing(folder: Path) -> Iterator[None]:
         _note_cost(folder, seconds + time.monotonic() - began, student)
 
 
-def claim_cost(folder: Path, student: str, stop: StopRequest) -> float:
+def claim_cost(folder: Path, student: str, stop: StopRequest, say: Callable[[str], None]) -> float:
     """Seconds that a table's sessions took, for the first student that asks, however often it asks; 0 for others.
 
     Args:
         folder: of a finished table.
         student: id of its node.
         stop: asked while another process holds the folder.
+        say: told that it does.
     """
-    with _locked_in_turn(folder, stop):
+    with _locked_in_turn(folder, stop, say):
         seconds, charged = _cost(folder)
         if charged is None:
             _note_cost(folder, seconds, student)

@@ -145,7 +145,7 @@ def _table(
         raise ValueError(f"{folder}: the table was written a moment ago and is not there")
     if not node.checkpoint.exists():
         # Sessions that were broken off, this student's or another's; a checkpoint holds what was charged before.
-        stopwatch.add({"labels": max(0.0, claim_cost(folder, node.id, bench.stop) - spent)})
+        stopwatch.add({"labels": max(0.0, claim_cost(folder, node.id, bench.stop, bench.recorder.say) - spent)})
     size = table_path(folder).stat().st_size
     bench.recorder.say(f"generation {generation.index} learns from {table_path(folder)} ({size / 1e9:.2f} GB)")
     return table
@@ -157,7 +157,7 @@ def _build_table(
     teacher = _teacher(bench, weights, min(TABLE_BATCH, kind.count), 2)
     what = f"teacher of generation {generation.index} labels {kind.views} views of {kind.count} images"
     with bench.recorder.display.passes(what, kind.views, kind.count) as passed:
-        build_table(folder, kind, images.loader, images.prepare, teacher, bench.stop, passed)
+        build_table(folder, kind, images.loader, images.prepare, teacher, bench.stop, passed, bench.recorder.say)
     bench.recorder.event("label_table", generation=generation.index, path=str(folder), teacher=teacher.how)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import time
@@ -67,8 +68,8 @@ def teacher_of(kind, engine="folded"):
     return make_teacher(model, CPU, dtype, engine, shape=(4, 3, CROP.height_px, CROP.width_px))
 
 
-def build(folder, kind, loader, teacher=None, stop=None, passed=lambda done: None):
-    build_table(folder, kind, loader, prepare_of(kind), teacher or teacher_of(kind), stop or StopRequest(), passed)
+def build(folder, kind, loader, teacher=None, stop=None, passed=lambda done: None, say=lambda text: None):
+    build_table(folder, kind, loader, prepare_of(kind), teacher or teacher_of(kind), stop or StopRequest(), passed, say)
     return read_table(folder, kind, CPU)
 
 
@@ -269,18 +270,21 @@ def test_a_power_failure_leaves_nothing_that_is_taken_for_logits(loader, tmp_pat
 def test_who_finds_another_at_it_waits_and_takes_what_that_one_made(loader, tmp_path, monkeypatch):
     monkeypatch.setattr(labelling, "WAIT_SECONDS", 0.01)
     kind = kind_of()
-    late = CountingTeacher(teacher_of(kind))
+    late, said = CountingTeacher(teacher_of(kind)), []
     build(tmp_path / "theirs", kind, loader)
     mine = tmp_path / "mine"
     mine.mkdir()
     with ThreadPoolExecutor(1) as pool:
         with labelling.locked(mine, "this label table"):
-            waiting = pool.submit(build, mine, kind, loader, late)
+            waiting = pool.submit(build, mine, kind, loader, late, say=said.append)
             time.sleep(0.3)
             assert not waiting.done()
             shutil.copy(tmp_path / "theirs" / "logits.safetensors", mine)
         assert torch.equal(waiting.result(60).logits_RC, read_table(tmp_path / "theirs", kind, CPU).logits_RC)
     assert late.passes == 0
+    assert len(said) == 1
+    assert said[0].startswith("waiting: ")
+    assert said[0].endswith(f"is in use by process {os.getpid()} on {os.uname().nodename}")
 
 
 def test_who_waits_can_be_stopped(loader, tmp_path):
@@ -298,9 +302,9 @@ def test_the_first_student_is_charged_with_all_sessions_and_no_other(loader, tmp
         build(tmp_path, kind, loader, CountingTeacher(teacher_of(kind), stop_after=2), stop)
     build(tmp_path, kind, loader)
     # Two sessions of ten ticks.
-    assert claim_cost(tmp_path, "first", StopRequest()) == 20
-    assert claim_cost(tmp_path, "second", StopRequest()) == 0
-    assert claim_cost(tmp_path, "first", StopRequest()) == 20
+    assert claim_cost(tmp_path, "first", StopRequest(), print) == 20
+    assert claim_cost(tmp_path, "second", StopRequest(), print) == 0
+    assert claim_cost(tmp_path, "first", StopRequest(), print) == 20
 
 
 def test_logits_that_are_not_finite_make_no_table(loader, tmp_path):
