@@ -304,10 +304,11 @@ def test_the_first_step_may_overflow_in_fp16():
         torch.testing.assert_close(parameter.detach(), start - 0.1 * 1.9 * gradient)
 
 
-def test_as_many_compilations_are_allowed_as_shapes_will_come(monkeypatch):
+def test_as_many_compilations_are_allowed_as_shapes_will_come():
     """torch's own limit of eight is fewer than a growing resolution has shapes."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     normalise = Normaliser((0.5,) * 3, (0.5,) * 3, CPU, torch.float32)
     train = TrainSettings(epochs=1, engine="compile")
-    make_forward(torch.nn.Identity(), plain(lambda z, y, v: z.sum()), None, make_prepare(normalise), train, CPU, 11)
-    assert torch._dynamo.config.recompile_limit == 11
+    # Not pytest's monkeypatch: it would leave torch's configuration without the entry.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        make_forward(torch.nn.Identity(), plain(lambda z, y, v: z.sum()), None, make_prepare(normalise), train, CPU, 11)
+        assert torch._dynamo.config.recompile_limit == 11
