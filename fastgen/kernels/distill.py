@@ -16,21 +16,19 @@ from torch import Tensor
 
 from fastgen.kernels.rows import (
     LOSS,
-    at_index,
-    block_of,
+    complete,
+    cross_entropy_row,
     empty_rows,
+    launch_rows,
     load_row,
-    make_differentiable,
-    rank_of,
+    minus_one_hot,
     require_rows,
+    soften_row,
     softmax_row,
     store_gradient,
     store_row,
     unit_weight,
-    warps_of,
-    weight_of,
 )
-from fastgen.kernels.runtime import launched_on
 
 
 # Slices of an epoch's labels come with every alignment; each would be compiled anew in the middle of a training.
@@ -55,19 +53,13 @@ def distill_kernel(
 ):
     """One row. SOFT: whether the temperature is another one than 1."""
     row = tl.program_id(0)
-    cols = tl.arange(0, BLOCK)
     z = load_row(logits, row, C, STRIDE, BLOCK)
     v = load_row(teacher, row, C, TEACHER_STRIDE, BLOCK)
     label = tl.load(labels + row)
-    p, first, log_total = softmax_row(z)
-    z_label = at_index(z, label, BLOCK)
-    cross_entropy = log_total - (z_label - first)
-
-    soft_z, soft_p, soft_first, soft_log_total = z, p, first, log_total
+    cross_entropy, z_label, p, first, log_total = cross_entropy_row(z, label, BLOCK)
+    soft_z, soft_p, soft_first, soft_log_total = soften_row(z, p, first, log_total, temperature, SOFT)
     if SOFT:
-        soft_z = z / temperature
         v = v / temperature
-        soft_p, soft_first, soft_log_total = softmax_row(soft_z)
     t, t_first, t_log_total = softmax_row(v)
     # 0 ln 0 is 0: beyond C, and where the teacher's probability is 0, nothing is added.
     of_teacher = tl.where(t > 0.0, v - t_first, 0.0) - t_log_total
@@ -75,9 +67,9 @@ def distill_kernel(
     divergence = tl.sum(t * (of_teacher - of_student), 0)
 
     loss = (1.0 - teacher_weight) * cross_entropy + teacher_weight * temperature * temperature * divergence
-    g = (1.0 - teacher_weight) * (p - (cols == label).to(tl.float32)) + teacher_weight * temperature * (soft_p - t)
-    store_row(rows, row, count, loss, tl.exp(-log_total), rank_of(z, label, z_label, BLOCK), label, C)
-    store_gradient(gradient, row, g * weight_of(weight, scale, HAS_SCALE), C, BLOCK)
+    g = (1.0 - teacher_weight) * minus_one_hot(p, label, BLOCK) + teacher_weight * temperature * (soft_p - t)
+    store_row(rows, row, count, loss, log_total, z, label, z_label, C, BLOCK)
+    store_gradient(gradient, row, g, weight, scale, C, BLOCK, HAS_SCALE)
 
 
 def launch(
@@ -92,29 +84,16 @@ def launch(
     gradient_BC: Tensor,
 ) -> None:
     """Fills rows_4B and gradient_BC; see `distill_rows`."""
-    count, classes = logits_BC.shape
-    if count == 0:
-        return
-    with launched_on(logits_BC):
-        distill_kernel[(count,)](
-            logits_BC,
-            labels_B,
-            teacher_logits_BC,
-            scale,
-            rows_4B,
-            gradient_BC,
-            count,
-            teacher_weight,
-            temperature,
-            weight,
-            C=classes,
-            STRIDE=logits_BC.stride(0),
-            TEACHER_STRIDE=teacher_logits_BC.stride(0),
-            BLOCK=block_of(classes),
-            SOFT=temperature != 1,
-            HAS_SCALE=scale is not None,
-            num_warps=warps_of(classes),
-        )
+    launch_rows(
+        distill_kernel,
+        logits_BC,
+        [labels_B, teacher_logits_BC],
+        scale,
+        (rows_4B, gradient_BC),
+        (teacher_weight, temperature, weight),
+        TEACHER_STRIDE=teacher_logits_BC.stride(0),
+        SOFT=temperature != 1,
+    )
 
 
 @torch.library.custom_op("fastgen::distill", mutates_args=())
@@ -161,20 +140,7 @@ def distill_rows(
     return rows_4B, gradient_BC
 
 
-@distill_rows.register_fake
-def _(
-    logits_BC: Tensor,
-    labels_B: Tensor,
-    teacher_logits_BC: Tensor,
-    teacher_weight: float,
-    temperature: float,
-    scale: Tensor | None,
-    weight: float,
-) -> tuple[Tensor, Tensor]:
-    return empty_rows(logits_BC)
-
-
-make_differentiable(distill_rows)
+complete(distill_rows)
 
 
 def distill(

@@ -22,21 +22,19 @@ from torch import Tensor
 from fastgen.kernels.rows import (
     DTYPES,
     LOSS,
-    at_index,
-    block_of,
+    complete,
+    cross_entropy_row,
     empty_rows,
+    launch_rows,
     load_row,
-    make_differentiable,
-    rank_of,
+    minus_one_hot,
     require_rows,
+    soften_row,
     softmax_row,
     store_gradient,
     store_row,
     unit_weight,
-    warps_of,
-    weight_of,
 )
-from fastgen.kernels.runtime import launched_on
 
 
 @triton.jit
@@ -78,18 +76,11 @@ def distill_topm_kernel(
 ):
     """One row. SOFT: whether the temperature is another one than 1."""
     row = tl.program_id(0)
-    cols = tl.arange(0, BLOCK)
     z = load_row(logits, row, C, STRIDE, BLOCK)
     t, kept, t_total = load_kept(classes, probabilities, row, M, BLOCK)
     label = tl.load(labels + row)
-    p, first, log_total = softmax_row(z)
-    z_label = at_index(z, label, BLOCK)
-    cross_entropy = log_total - (z_label - first)
-
-    soft_z, soft_p, soft_first, soft_log_total = z, p, first, log_total
-    if SOFT:
-        soft_z = z / temperature
-        soft_p, soft_first, soft_log_total = softmax_row(soft_z)
+    cross_entropy, z_label, p, first, log_total = cross_entropy_row(z, label, BLOCK)
+    soft_z, soft_p, soft_first, soft_log_total = soften_row(z, p, first, log_total, temperature, SOFT)
     # 0 ln 0 is 0.
     of_student = tl.where(t > 0.0, soft_z - soft_first, 0.0) - soft_log_total
     divergence = tl.sum(t * (tl.log(tl.where(t > 0.0, t, 1.0)) - of_student), 0)
@@ -101,10 +92,10 @@ def distill_topm_kernel(
 
     target = tl.where(kept, t, residual * tail_p)
     loss = (1.0 - teacher_weight) * cross_entropy + teacher_weight * temperature * temperature * divergence
-    g = (1.0 - teacher_weight) * (p - (cols == label).to(tl.float32))
+    g = (1.0 - teacher_weight) * minus_one_hot(p, label, BLOCK)
     g += teacher_weight * temperature * (soft_p - target)
-    store_row(rows, row, count, loss, tl.exp(-log_total), rank_of(z, label, z_label, BLOCK), label, C)
-    store_gradient(gradient, row, g * weight_of(weight, scale, HAS_SCALE), C, BLOCK)
+    store_row(rows, row, count, loss, log_total, z, label, z_label, C, BLOCK)
+    store_gradient(gradient, row, g, weight, scale, C, BLOCK, HAS_SCALE)
 
 
 def launch(
@@ -120,30 +111,16 @@ def launch(
     gradient_BC: Tensor,
 ) -> None:
     """Fills rows_4B and gradient_BC; see `distill_topm_rows`."""
-    count, classes = logits_BC.shape
-    if count == 0:
-        return
-    with launched_on(logits_BC):
-        distill_topm_kernel[(count,)](
-            logits_BC,
-            labels_B,
-            classes_BM,
-            probabilities_BM,
-            scale,
-            rows_4B,
-            gradient_BC,
-            count,
-            teacher_weight,
-            temperature,
-            weight,
-            C=classes,
-            M=classes_BM.shape[1],
-            STRIDE=logits_BC.stride(0),
-            BLOCK=block_of(classes),
-            SOFT=temperature != 1,
-            HAS_SCALE=scale is not None,
-            num_warps=warps_of(classes),
-        )
+    launch_rows(
+        distill_topm_kernel,
+        logits_BC,
+        [labels_B, classes_BM, probabilities_BM],
+        scale,
+        (rows_4B, gradient_BC),
+        (teacher_weight, temperature, weight),
+        M=classes_BM.shape[1],
+        SOFT=temperature != 1,
+    )
 
 
 @torch.library.custom_op("fastgen::distill_topm", mutates_args=())
@@ -209,21 +186,7 @@ def _require_kept(logits_BC: Tensor, classes_BM: Tensor, probabilities_BM: Tenso
         raise ValueError(f"classes are {classes_BM.dtype}, probabilities {probabilities_BM.dtype}: see the docstring")
 
 
-@distill_topm_rows.register_fake
-def _(
-    logits_BC: Tensor,
-    labels_B: Tensor,
-    classes_BM: Tensor,
-    probabilities_BM: Tensor,
-    teacher_weight: float,
-    temperature: float,
-    scale: Tensor | None,
-    weight: float,
-) -> tuple[Tensor, Tensor]:
-    return empty_rows(logits_BC)
-
-
-make_differentiable(distill_topm_rows)
+complete(distill_topm_rows)
 
 
 def distill_topm(

@@ -6,6 +6,7 @@ Everything is fp32 from the load on. A row beyond C classes is -inf, which is pr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+
+from fastgen.kernels.runtime import launched_on
 
 # The rows of `rows_4B`.
 LOSS, CONFIDENCE, TOP1, TOP5 = range(4)
@@ -51,27 +54,85 @@ def rank_of(z, label, z_label, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_row(rows, row, count, loss, confidence, rank, label, C: tl.constexpr):
+def cross_entropy_row(z, label, BLOCK: tl.constexpr):
+    """-ln p at the label, the logit there, and what `softmax_row` gives."""
+    p, first, log_total = softmax_row(z)
+    z_label = at_index(z, label, BLOCK)
+    return log_total - (z_label - first), z_label, p, first, log_total
+
+
+@triton.jit
+def minus_one_hot(p, label, BLOCK: tl.constexpr):
+    """The gradient of -ln p at the label."""
+    return p - (tl.arange(0, BLOCK) == label).to(tl.float32)
+
+
+@triton.jit
+def soften_row(z, p, first, log_total, temperature, SOFT: tl.constexpr):
+    """z / temperature and its softmax, as `softmax_row` gives it; without SOFT what is known already."""
+    if SOFT:
+        z = z / temperature
+        p, first, log_total = softmax_row(z)
+    return z, p, first, log_total
+
+
+@triton.jit
+def store_row(rows, row, count, loss, log_total, z, label, z_label, C: tl.constexpr, BLOCK: tl.constexpr):
     """Writes loss, p_a1, top-1 hit and top-5 hit of a row into rows_4B; a label that is no class makes the loss NaN."""
+    rank = rank_of(z, label, z_label, BLOCK)
     tl.store(rows + row, tl.where((label >= 0) & (label < C), loss, float("nan")))
-    tl.store(rows + count + row, confidence)
+    tl.store(rows + count + row, tl.exp(-log_total))
     tl.store(rows + 2 * count + row, (rank < 1).to(tl.float32))
     tl.store(rows + 3 * count + row, (rank < 5).to(tl.float32))
 
 
 @triton.jit
-def weight_of(weight, scale, HAS_SCALE: tl.constexpr):
-    """What gradients are multiplied with: a number, times a number that only the device knows."""
+def store_gradient(gradient, row, g, weight, scale, C: tl.constexpr, BLOCK: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """Writes a row of the gradient, times a number and times one that only the device knows, in its dtype."""
+    cols = tl.arange(0, BLOCK)
     if HAS_SCALE:
         weight = weight * tl.load(scale)
-    return weight
+    tl.store(gradient + row.to(tl.int64) * C + cols, (g * weight).to(gradient.dtype.element_ty), mask=cols < C)
 
 
-@triton.jit
-def store_gradient(gradient, row, g, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes a row of the gradient, rounded to the tensor's dtype."""
-    cols = tl.arange(0, BLOCK)
-    tl.store(gradient + row.to(tl.int64) * C + cols, g.to(gradient.dtype.element_ty), mask=cols < C)
+def launch_rows(
+    kernel: Any,
+    logits_BC: Tensor,
+    inputs: Sequence[Tensor],
+    scale: Tensor | None,
+    outputs: tuple[Tensor, Tensor],
+    numbers: Sequence[float],
+    **constants: int,
+) -> None:
+    """Launches a loss kernel: a program for each row.
+
+    Args:
+        kernel: (logits, *inputs, scale, rows, gradient, count, *numbers, constants that all of them have and its own).
+        logits_BC: see the operators.
+        inputs: labels, and what else the kernel reads.
+        scale: fp32 (), or None.
+        outputs: rows_4B and gradient_BC, which are filled.
+        numbers: the objective's, and the gradient's weight.
+        constants: the kernel's own.
+    """
+    count, classes = logits_BC.shape
+    if count == 0:
+        return
+    with launched_on(logits_BC):
+        kernel[(count,)](
+            logits_BC,
+            *inputs,
+            scale,
+            *outputs,
+            count,
+            *numbers,
+            C=classes,
+            STRIDE=logits_BC.stride(0),
+            BLOCK=block_of(classes),
+            HAS_SCALE=scale is not None,
+            num_warps=warps_of(classes),
+            **constants,
+        )
 
 
 def unit_weight(dtype: torch.dtype, temperature: float = 1.0) -> float:
@@ -138,8 +199,8 @@ def _(gradient_BC: Tensor, factor_B: Tensor, weight: float) -> Tensor:
     return torch.empty_like(gradient_BC)
 
 
-def make_differentiable(op: CustomOpDef) -> None:
-    """Teaches autograd that the stored gradient is the derivative of the losses in rows_4B[LOSS].
+def complete(op: CustomOpDef) -> None:
+    """Tells torch of a loss operator's shapes, and that its gradient_BC is the derivative of rows_4B[LOSS].
 
     Args:
         op: (logits_BC, ..., scale, weight) -> (rows_4B, gradient_BC). The other rows are numbers to look at: no
@@ -158,4 +219,5 @@ def make_differentiable(op: CustomOpDef) -> None:
         factor_B = grad_rows_4B[LOSS].contiguous()
         return scale_rows(gradient_BC, factor_B, 1 / ctx.weight), *(ctx.others * [None])
 
+    op.register_fake(lambda logits_BC, *others: empty_rows(logits_BC))
     op.register_autograd(backward, setup_context=keep)

@@ -17,21 +17,17 @@ from torch import Tensor
 
 from fastgen.kernels.rows import (
     LOSS,
-    at_index,
-    block_of,
+    complete,
+    cross_entropy_row,
     empty_rows,
+    launch_rows,
     load_row,
-    make_differentiable,
-    rank_of,
+    minus_one_hot,
     require_rows,
-    softmax_row,
     store_gradient,
     store_row,
     unit_weight,
-    warps_of,
-    weight_of,
 )
-from fastgen.kernels.runtime import launched_on
 
 
 # Slices of an epoch's labels come with every alignment; each would be compiled anew in the middle of a training.
@@ -56,10 +52,8 @@ def tolerant_kernel(
     cols = tl.arange(0, BLOCK)
     z = load_row(logits, row, C, STRIDE, BLOCK)
     label = tl.load(labels + row)
-    p, first, log_total = softmax_row(z)
-    z_label = at_index(z, label, BLOCK)
-    loss = log_total - (z_label - first)
-    g = p - (cols == label).to(tl.float32)
+    loss, z_label, p, _, log_total = cross_entropy_row(z, label, BLOCK)
+    g = minus_one_hot(p, label, BLOCK)
     if K > 0:
         w = tl.zeros((BLOCK,), tl.float32)
         left = z
@@ -72,8 +66,8 @@ def tolerant_kernel(
         s = tl.sum(w * p, 0)
         loss = (1.0 - eta) * loss + eta * s
         g = (1.0 - eta) * g + eta * p * (w - s)
-    store_row(rows, row, count, loss, tl.exp(-log_total), rank_of(z, label, z_label, BLOCK), label, C)
-    store_gradient(gradient, row, g * weight_of(weight, scale, HAS_SCALE), C, BLOCK)
+    store_row(rows, row, count, loss, log_total, z, label, z_label, C, BLOCK)
+    store_gradient(gradient, row, g, weight, scale, C, BLOCK, HAS_SCALE)
 
 
 def launch(
@@ -87,26 +81,8 @@ def launch(
     gradient_BC: Tensor,
 ) -> None:
     """Fills rows_4B and gradient_BC; see `tolerant_rows`."""
-    count, classes = logits_BC.shape
-    if count == 0:
-        return
-    with launched_on(logits_BC):
-        tolerant_kernel[(count,)](
-            logits_BC,
-            labels_B,
-            scale,
-            rows_4B,
-            gradient_BC,
-            count,
-            eta,
-            weight,
-            C=classes,
-            K=k if eta else 0,
-            STRIDE=logits_BC.stride(0),
-            BLOCK=block_of(classes),
-            HAS_SCALE=scale is not None,
-            num_warps=warps_of(classes),
-        )
+    outputs, numbers = (rows_4B, gradient_BC), (eta, weight)
+    launch_rows(tolerant_kernel, logits_BC, [labels_B], scale, outputs, numbers, K=k if eta else 0)
 
 
 @torch.library.custom_op("fastgen::tolerant", mutates_args=())
@@ -138,14 +114,7 @@ def tolerant_rows(
     return rows_4B, gradient_BC
 
 
-@tolerant_rows.register_fake
-def _(
-    logits_BC: Tensor, labels_B: Tensor, eta: float, k: int, scale: Tensor | None, weight: float
-) -> tuple[Tensor, Tensor]:
-    return empty_rows(logits_BC)
-
-
-make_differentiable(tolerant_rows)
+complete(tolerant_rows)
 
 
 def tolerant(logits_BC: Tensor, labels_B: Tensor, eta: float, k: int) -> Tensor:
