@@ -306,7 +306,10 @@ def _end_epoch(bench: Workbench, training: Training, epoch: int, reading: Readin
         with training.stopwatch.phase("evaluate"):
             row |= _evaluate(bench, training.model)
     training.history.append(row)
-    bench.recorder.epoch(training.step, row)
+    # Not in the history: it shall be the same however often a training was stopped.
+    seconds = training.stopwatch.seconds()
+    clock = {"train_seconds": seconds.get("train", 0.0), "wall_seconds": sum(seconds.values())}
+    bench.recorder.epoch(training.step, row | clock)
 
 
 def _evaluate(bench: Workbench, model: nn.Module) -> dict[str, float]:
