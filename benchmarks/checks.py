@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import closed_forms
-from benchmarks.step import Case, Precision, calibrate, fresh_network
+from benchmarks.rigs import Case, Precision, calibrate, fresh_network
 from fastgen import losses
 from fastgen.augment import Normaliser
 from fastgen.data.resident import ResidentLoader

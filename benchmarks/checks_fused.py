@@ -24,7 +24,7 @@ from benchmarks.checks import (
     logits_outcome,
     network_size,
 )
-from benchmarks.step import Case, Precision
+from benchmarks.rigs import Case, Precision
 from fastgen.data.batch import Loader
 from fastgen.data.resident import ResidentLoader
 from fastgen.kernels.batchnorm_layer import batchnorm_act

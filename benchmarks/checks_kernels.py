@@ -28,7 +28,7 @@ from benchmarks.checks import (
     sum_roundings,
     worst,
 )
-from benchmarks.step import Precision
+from benchmarks.rigs import Precision
 from fastgen.kernels import distill, distill_topm, tolerant
 from fastgen.kernels.rows import CONFIDENCE, LOSS, TOP1, TOP5
 from fastgen.laws import eta_for_confidence

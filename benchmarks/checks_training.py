@@ -13,21 +13,19 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.checks import Outcome, full_fp32
-from benchmarks.step import PATRIARCH, STUDENT, Case, Engine, Precision, make_rig, ways_on
-from fastgen import train, trainer
+from benchmarks.rigs import PATRIARCH, STUDENT, Case, Precision, make_rig, ways_on
+from fastgen import train
 from fastgen.checkpoint import read_weights
-from fastgen.data.batch import Batch
 from fastgen.data.cifar import LAYOUTS, PIXELS
 from fastgen.data.facts import Facts
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.errors import Stopped
-from fastgen.grade import Graded
+from fastgen.meters import Tally
 from fastgen.plan import Objective
-from fastgen.step import Forward
+from fastgen.step import EngineName
 from fastgen.trainer import Training
 
 OBJECTIVES = {"patriarch": PATRIARCH, "student": STUDENT}
@@ -56,7 +54,7 @@ def memorisable_split(facts: Facts, count: int, seed: int) -> Split:
     return Split(pixels, labels, np.arange(count, dtype=np.int64))
 
 
-def check_engines(case: Case, ways: Sequence[tuple[Engine, Precision]]) -> Iterator[Outcome]:
+def check_engines(case: Case, ways: Sequence[tuple[EngineName, Precision]]) -> Iterator[Outcome]:
     """Each engine in each precision learns, as patriarch and as student; then the engines beside each other in fp32."""
     for engine, precision in ways:
         # Dynamo falls back to eager past a number of compilations of one function: begin anew.
@@ -82,31 +80,20 @@ def _check_agreement(case: Case) -> Iterator[Outcome]:
 
 
 def _losses(
-    case: Case, engine: Engine, objective: Objective, steps: int, lr: float
+    case: Case, engine: EngineName, objective: Objective, steps: int, lr: float
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Loss of each step, fp64."""
+    """Loss of each step, fp64; epochs are whole, with their smaller last batch."""
     loader = ResidentLoader(case.split, case.facts.pad_px, case.device, case.kernels == "triton")
-    rig = make_rig(case, engine, objective, loader)
-    kept: list[Tensor] = []
-    rig = replace(rig, forward=_watched(rig.forward, kept))
-    for _ in range(steps):
-        rig.step(lr)
-    return torch.stack(kept).double().cpu().numpy()
+    rig = make_rig(case, engine, objective, loader, lr=lr, whole_epochs=True)
+    found: list[float] = []
+    while len(found) < steps:
+        tally = next(rig.tallies)
+        found += [loss_sum / images for loss_sum, images in zip(_values(tally), tally.images, strict=True)]
+    return np.array(found[:steps])
 
 
-def _watched(forward: Forward, kept: list[Tensor]) -> Forward:
-    def watched(
-        images_NCHW: Tensor,
-        labels_B: Tensor,
-        jitter_B4: Tensor | None = None,
-        teacher_logits_BC: Tensor | None = None,
-        scale: Tensor | None = None,
-    ) -> Graded:
-        graded = forward(images_NCHW, labels_B, jitter_B4, teacher_logits_BC, scale)
-        kept.append(graded.loss_sum.clone() / len(labels_B))
-        return graded
-
-    return watched
+def _values(tally: Tally) -> list[float]:
+    return [value for values in tally.loss_sums for value in values.reshape(-1).tolist()]
 
 
 def _fall(losses: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
@@ -131,7 +118,7 @@ def write_random_cifar100(root: Path, seed: int) -> None:
 
 
 def check_resume(
-    folder: Path, seed: int, device: torch.device, model: str, ways: Sequence[tuple[Engine, Precision]]
+    folder: Path, seed: int, device: torch.device, model: str, ways: Sequence[tuple[EngineName, Precision]]
 ) -> Iterator[Outcome]:
     """The command itself, stopped by SIGTERM in both generations and taken up again, beside one that was left alone.
 
@@ -183,16 +170,18 @@ def _train(words: Sequence[str], stop_after_steps: int | None = None) -> bool:
     Raises:
         Stopped: by another signal than the one that was sent here.
     """
-    step, taken = trainer.take_step, 0
+    take, taken = Training.take, 0
 
-    def stopping(training: Training, forward: Forward, batch: Batch, lr: float, accumulate_steps: int = 1) -> None:
+    def stopping(training: Training, tally: Tally) -> None:
         nonlocal taken
-        step(training, forward, batch, lr, accumulate_steps)
-        taken += 1
-        if taken == stop_after_steps:
+        before = taken
+        take(training, tally)
+        taken += tally.count
+        # An engine may take several steps at once: it is stopped after them.
+        if stop_after_steps is not None and before < stop_after_steps <= taken:
             signal.raise_signal(signal.SIGTERM)
 
-    with mock.patch.object(trainer, "take_step", stopping), contextlib.redirect_stdout(io.StringIO()):
+    with mock.patch.object(Training, "take", stopping), contextlib.redirect_stdout(io.StringIO()):
         try:
             train.main(words)
         except Stopped as stopped:

@@ -38,17 +38,18 @@ from benchmarks.checks import (
 )
 from benchmarks.checks_training import check_engines, check_resume, memorisable_split
 from benchmarks.common import RESULTS, FloorMissed, append_rows, choose, facts_line, positive_minutes
-from benchmarks.step import ENGINES, Case, Engine, Precision
+from benchmarks.rigs import ENGINES, Case, Precision, hush_compiler, random_split
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.data.facts import DATASETS, Facts
 from fastgen.errors import FastgenError, Stopped, command
 from fastgen.kernels.runtime import interpreted
+from fastgen.step import EngineName
 
 # Not square and of an odd width, so that a mix-up of the axes shows.
 SMALL_FACTS = Facts(10, 3, 12, 9, 0, 0, 2, True, (0.5, 0.4, 0.3), (0.25, 0.3, 0.2))
 
 
-Way = tuple[Engine, Precision]
+Way = tuple[EngineName, Precision]
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def main(words: Sequence[str]) -> None:
     if device is None:
         print("not measured (no GPU)")
         return
-    step.hush_compiler()
+    hush_compiler()
     deadline = time.monotonic() + 60 * arguments.minutes
     seed = arguments.seed if arguments.seed is not None else int(np.random.default_rng().integers(2**31))
     size = FULL if device.type == "cuda" else SMALL
@@ -206,7 +207,7 @@ def _run(groups: dict[str, Check], deadline: float) -> None:
 
 def _measure_speed(size: Size, device: torch.device, results: Path, deadline: float) -> Iterator[Outcome]:
     """Times each engine beside the bare loop; a check only in that every loss is finite."""
-    split = step.random_split(size.facts, max(size.images, size.facts.train_images))
+    split = random_split(size.facts, max(size.images, size.facts.train_images))
     for precision in size.speed:
         if time.monotonic() > deadline:
             print(f"NOT MEASURED  speed, {precision}: the time is up")

@@ -48,7 +48,7 @@ from benchmarks.common import (
     time_interleaved,
     wait_for,
 )
-from benchmarks.step import PATRIARCH, hush_compiler
+from benchmarks.rigs import PATRIARCH, hush_compiler
 from fastgen import losses
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.errors import Stopped, UserError, command

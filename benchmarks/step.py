@@ -9,20 +9,16 @@ learning rate, for a tolerant patriarch and for a student with its teacher, by e
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from rich import box
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.common import (
     RESULTS,
@@ -35,186 +31,33 @@ from benchmarks.common import (
     machine_facts,
     time_interleaved,
 )
+from benchmarks.rigs import (
+    LR,
+    PATRIARCH,
+    STUDENT,
+    Case,
+    Way,
+    fresh_network,
+    hush_compiler,
+    make_rig,
+    random_split,
+    timed_ways,
+)
 from fastgen.arguments import Arguments, at_least_one
-from fastgen.augment import Normaliser
-from fastgen.config import TrainSettings
-from fastgen.crops import ShiftCrop
-from fastgen.data.batch import Batch, Loader
+from fastgen.data.batch import Loader
 from fastgen.data.cifar import read_cifar
-from fastgen.data.facts import DATASETS, Facts
+from fastgen.data.facts import DATASETS
 from fastgen.data.resident import ResidentLoader
-from fastgen.data.split import Split
 from fastgen.errors import command
-from fastgen.grade import make_grade
-from fastgen.laws import eta_for_confidence
-from fastgen.meters import Meter, Stopwatch
-from fastgen.models import MODELS, build_model, initialise
-from fastgen.models.norm_act import fuse_norm_act
-from fastgen.optim import make_optimizer
-from fastgen.plan import Objective
-from fastgen.step import DTYPES, Forward, make_forward, make_prepare, make_scaler
+from fastgen.models import MODELS
+from fastgen.step import DTYPES
 from fastgen.tables import print_table
-from fastgen.teacher import Teacher, make_teacher
-from fastgen.trainer import Training, take_step
-from fastgen.views import training_views
-
-Engine = Literal["eager", "compile"]
-Precision = Literal["fp32", "bf16", "fp16"]
-Kernels = Literal["torch", "triton"]
 
 BARE = "bare"
-ENGINES: tuple[Engine, ...] = ("eager", "compile")
-
-
-class Way(NamedTuple):
-    """How a step is run; `kernels` and `batchnorm` as the recipe's settings of that name."""
-
-    engine: Engine
-    kernels: Kernels = "torch"
-    batchnorm: Kernels = "torch"
-
-    @property
-    def name(self) -> str:
-        """One word."""
-        fused = [part for part in ("kernels", "batchnorm") if getattr(self, part) == "triton"]
-        return "+".join([self.engine, *fused])
-
-
-PLAIN_WAYS = tuple(Way(engine) for engine in ENGINES)
-# On a GPU; the interpreter says nothing about time.
-FUSED_WAYS = tuple(Way(engine, "triton", batchnorm) for engine in ENGINES for batchnorm in ("torch", "triton"))
-PATRIARCH = Objective(eta=eta_for_confidence(0.6, 5), k=5)
-STUDENT = Objective(teacher_weight=0.6)
-LR = 0.1
 
 # The goals on a CPU (bf16, channels-last, ResNet-20, batch 128).
 FLOORS_OVER_BARE = {"eager patriarch": 1.0, "compile patriarch": 1.2}
 FLOOR_STUDENT_OVER_PATRIARCH = 0.78
-
-
-@dataclass(frozen=True)
-class Case:
-    """What all candidates of one measurement share.
-
-    Attributes:
-        model: name of the network.
-        batch_size: images in a step.
-        precision: of the step.
-        facts: of the data set.
-        split: the training images.
-        device: where it runs.
-        kernels, batchnorm: as the recipe's settings of that name.
-    """
-
-    model: str
-    batch_size: int
-    precision: Precision
-    facts: Facts
-    split: Split
-    device: torch.device
-    kernels: Kernels = "torch"
-    batchnorm: Kernels = "torch"
-
-    def run_by(self, way: Way) -> Case:
-        """The same case, with this way's kernels."""
-        return replace(self, kernels=way.kernels, batchnorm=way.batchnorm)
-
-    def settings(self, engine: Engine) -> TrainSettings:
-        """Settings of the trainer; whatever is not named here is its default."""
-        return TrainSettings(
-            epochs=1,
-            batch_size=self.batch_size,
-            precision=self.precision,
-            engine=engine,
-            lr=LR,
-            weight_decay=1e-4,
-            kernels=self.kernels,
-            batchnorm=self.batchnorm,
-        )
-
-    @property
-    def crop(self) -> ShiftCrop:
-        """The data set's standard augmentation."""
-        return ShiftCrop(self.facts.height_px, self.facts.width_px, self.facts.pad_px, self.facts.flip)
-
-    def normaliser(self, dtype: torch.dtype) -> Normaliser:
-        """Pixels -> what the network sees."""
-        return Normaliser(self.facts.mean, self.facts.std, self.device, dtype)
-
-
-@dataclass(frozen=True)
-class Rig:
-    """A training with all that its step needs, put together as the trainer does."""
-
-    training: Training
-    forward: Forward
-    batches: Iterator[Batch]
-
-    def step(self, lr: float = LR) -> None:
-        """One step of the trainer on the next batch."""
-        take_step(self.training, self.forward, next(self.batches), lr)
-
-    def require_finite(self) -> None:
-        """Raises ValueError where a loss was not finite: the time of such steps means nothing."""
-        bad_step = self.training.meter.read().first_bad_step
-        if bad_step is not None:
-            raise ValueError(f"the loss was not finite at step {bad_step}")
-
-
-def make_rig(case: Case, engine: Engine, objective: Objective, loader: Loader, init_seed: int = 0) -> Rig:
-    """The trainer's step for one generation, on images of the loader.
-
-    A student's teacher is a network with other initial weights, whose batch-norms know the images.
-    """
-    train, device = case.settings(engine), case.device
-    model = fresh_network(case, init_seed).train()
-    if case.batchnorm == "triton":
-        model = fuse_norm_act(model)
-    teacher = None
-    if objective.teacher_weight:
-        teacher = _teacher(case, next(endless_batches(loader, case)))
-    normalise = case.normaliser(DTYPES[case.precision])
-    if case.kernels == "triton" and isinstance(loader, ResidentLoader):
-        loader = loader.normalised(normalise)
-    batches = endless_batches(loader, case)
-    grade = make_grade(objective, fused=case.kernels == "triton")
-    forward = make_forward(model, grade, teacher, make_prepare(normalise), train, device)
-    training = Training(
-        model, make_optimizer(model, train), make_scaler(train, device), Meter(device), Stopwatch(device)
-    )
-    return Rig(training, forward, batches)
-
-
-def fresh_network(case: Case, init_seed: int) -> nn.Module:
-    """The case's network with fresh weights, channels-last, on the device."""
-    model = initialise(build_model(case.model, case.facts.classes, case.facts.channels, "strided"), init_seed)
-    return model.to(case.device).to(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, images_NCHW: Tensor) -> nn.Module:
-    """Lets batch-norms take the statistics of a batch, so that an untrained network's logits have a sane size."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            # A cumulative mean: one batch sets it.
-            module.momentum = None
-    model.train()(images_NCHW)
-    return model.eval()
-
-
-def _teacher(case: Case, batch: Batch) -> Teacher:
-    model = calibrate(fresh_network(case, init_seed=1), case.normaliser(torch.float32)(batch.images_NCHW))
-    return make_teacher(model, case.device, DTYPES[case.precision])
-
-
-def endless_batches(loader: Loader, case: Case) -> Iterator[Batch]:
-    """Batches of one epoch after the other; the smaller last one is left out, so that all steps count alike."""
-    for epoch in itertools.count():
-        views = training_views(case.split.ids, case.crop, data_seed=0, generation=0, epoch=epoch)
-        for batch in loader.batches(views, case.batch_size):
-            if len(batch.labels) == case.batch_size:
-                yield batch
 
 
 def bare_step(case: Case) -> Step:
@@ -258,18 +101,13 @@ def measure(case: Case, *, rounds: int, steps_per_round: int, until: float = mat
     return timings
 
 
-def ways_on(device: torch.device) -> tuple[Way, ...]:
-    """How a step can be run there."""
-    return (*PLAIN_WAYS, *FUSED_WAYS) if device.type == "cuda" else PLAIN_WAYS
-
-
 def _loaders(case: Case) -> dict[Way, Loader]:
     """The data set in the device's memory, once for all ways that can share it."""
     made = {
         kernels: ResidentLoader(case.split, case.facts.pad_px, case.device, kernels=kernels == "triton")
-        for kernels in {way.kernels for way in ways_on(case.device)}
+        for kernels in {way.kernels for way in timed_ways(case.device)}
     }
-    return {way: made[way.kernels] for way in ways_on(case.device)}
+    return {way: made[way.kernels] for way in timed_ways(case.device)}
 
 
 def result_rows(case: Case, timings: Timings, steps_per_round: int, images: str) -> list[dict[str, Any]]:
@@ -346,18 +184,6 @@ def floor_lines(timings: Timings) -> list[str]:
 def _floor_line(what: str, floor: float, ratio: Spread) -> str:
     verdict = "met" if ratio.median >= floor else "MISSED"
     return f"floor {floor:.2f}  {what}: {ratio.text(3)}  {verdict}"
-
-
-def random_split(facts: Facts, count: int, seed: int = 0) -> Split:
-    """Random pixels under random labels; never zeros, which some hardware multiplies faster."""
-    random = np.random.default_rng(seed)
-    pixels = random.integers(0, 256, (count, facts.height_px, facts.width_px, facts.channels), dtype=np.uint8)
-    return Split(pixels, random.integers(0, facts.classes, count), np.arange(count, dtype=np.int64))
-
-
-def hush_compiler() -> None:
-    """Silences torch.compile's advice on fp32 matrix products: this benchmark measures what the recipe asks for."""
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
 def main(words: Sequence[str]) -> None:

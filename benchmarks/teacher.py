@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from benchmarks.common import (
     spread,
     time_interleaved,
 )
-from benchmarks.step import (
+from benchmarks.rigs import (
     PATRIARCH,
     STUDENT,
     Case,
@@ -57,6 +57,8 @@ from benchmarks.step import (
     hush_compiler,
     make_rig,
     random_split,
+    rig_of,
+    supply_of,
 )
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.data.batch import Loader
@@ -64,16 +66,12 @@ from fastgen.data.cifar import read_cifar
 from fastgen.data.facts import DATASETS, Facts
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import UserError, command
-from fastgen.grade import make_grade
 from fastgen.labels import LabelTable, TableKind
 from fastgen.lessons import LookAhead, TableLoader
-from fastgen.meters import Meter, Stopwatch
 from fastgen.models import MODELS
-from fastgen.optim import make_optimizer
-from fastgen.step import DTYPES, make_forward, make_prepare, make_scaler
+from fastgen.step import DTYPES
 from fastgen.tables import print_table
 from fastgen.teacher import FrozenTeacher, Teacher, TeacherEngine, make_teacher
-from fastgen.trainer import Training
 
 AHEAD = 8
 EAGER, TABLE = "eager", "table"
@@ -294,22 +292,17 @@ def _passes(case: Case, asked: Asked, loader: Loader) -> Step:
 
 def make_student(case: Case, asked: Asked, loader: Loader, table: LabelTable | None) -> Rig:
     """The student's step beside this teacher, put together as `fastgen.supply` does."""
-    train, device = case.settings("eager"), case.device
-    model = fresh_network(case, init_seed=0).train()
-    prepare = make_prepare(case.normaliser(DTYPES[case.precision]))
     # Eager and folded teachers are asked within the step, others before it.
     live = asked.logits if asked.name in (EAGER, "folded") else None
-    lessons = loader
+    supply = supply_of(case, loader, live)
     if asked.name == TABLE:
         assert table is not None
-        lessons = TableLoader(loader, table)
+        tables = TableLoader(loader, table)
+        supply = replace(supply, loader=tables, dress=tables.dress)
     elif live is None:
-        lessons = LookAhead(loader, asked.logits, prepare, asked.batches, case.facts.classes)
-    forward = make_forward(model, make_grade(STUDENT), live, prepare, train, device)
-    training = Training(
-        model, make_optimizer(model, train), make_scaler(train, device), Meter(device), Stopwatch(device)
-    )
-    return Rig(training, forward, endless_batches(lessons, case))
+        ahead = LookAhead(loader, asked.logits, supply.prepare, asked.batches, case.facts.classes)
+        supply = replace(supply, loader=ahead, dress=ahead.dress, ahead=ahead)
+    return rig_of(case, "eager", STUDENT, supply)
 
 
 def floors(measured: Measured) -> list[Floor]:

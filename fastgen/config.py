@@ -150,8 +150,15 @@ class TrainSettings:
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "fp32", "of the training step; parameters and evaluation are fp32 always"
     )
-    engine: Literal["eager", "compile"] = setting(
-        "eager", "compile: torch.compile of the step; seconds to start, faster afterwards"
+    engine: Literal["eager", "compile", "graph"] = setting(
+        "eager",
+        "compile: torch.compile of forward and backward; graph: whole steps as CUDA graphs (on a CPU the same program, "
+        "not captured); both need seconds to start",
+    )
+    graph_steps: int = setting(
+        8,
+        "engine graph: steps that are launched at once, with data.backend=resident; a stop waits for them",
+        decides=False,
     )
     kernels: Literal["torch", "triton"] = setting(
         "torch",

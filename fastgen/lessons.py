@@ -8,12 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fastgen.data.batch import Batch, Loader, to_device
+from fastgen.crops import Int64
+from fastgen.data.batch import Batch, Columns, DeviceSource, Loader, to_device
 from fastgen.labels import LabelTable
 from fastgen.step import Prepare
 from fastgen.teacher import Teacher
 from fastgen.views import WHOLE, EpochViews, Share, batch_positions
+
+TABLE_ROWS = "table_rows"
 
 
 class LookAhead:
@@ -56,13 +60,15 @@ class LookAhead:
         """The same batches, prepared and with the teacher's logits."""
         images_NCHW = torch.cat([batch.images_NCHW for batch in group])
         drawn = [batch.jitter for batch in group if batch.jitter is not None]
-        inputs_NCHW = self._prepare(images_NCHW, torch.cat(drawn) if drawn else None)
-        sizes = [len(batch.labels) for batch in group]
-        taught = zip(group, inputs_NCHW.split(sizes), self._teacher(inputs_NCHW).split(sizes), strict=True)
-        return [
-            replace(batch, images_NCHW=inputs, jitter=None, teacher_logits_BC=logits)
-            for batch, inputs, logits in taught
-        ]
+        labels, ids = torch.cat([batch.labels for batch in group]), torch.cat([batch.ids for batch in group])
+        taught = self.taught(Batch(images_NCHW, labels, ids, torch.cat(drawn) if drawn else None))
+        ends = list(itertools.accumulate(len(batch.labels) for batch in group))
+        return [taught[begin:end] for begin, end in itertools.pairwise([0, *ends])]
+
+    def taught(self, whole: Batch) -> Batch:
+        """The same samples, prepared and with the teacher's logits, of one pass."""
+        inputs_NCHW = self._prepare(whole.images_NCHW, whole.jitter)
+        return replace(whole, images_NCHW=inputs_NCHW, jitter=None, teacher_logits_BC=self._teacher(inputs_NCHW))
 
     def dress(self, batch: Batch) -> Batch:
         """A raw batch, prepared, with some logits."""
@@ -102,3 +108,26 @@ class TableLoader:
     def dress(self, batch: Batch) -> Batch:
         """A raw batch with some logits of the table's shape."""
         return replace(batch, teacher_logits_BC=self._table.logits_RC[:1].expand(len(batch.labels), -1).contiguous())
+
+
+class TableSource:
+    """What `TableLoader` is, for batches that are made on the device: see `DeviceSource`."""
+
+    def __init__(self, source: DeviceSource, table: LabelTable) -> None:
+        self._source = source
+        self._table = table
+
+    def columns(self, views: EpochViews, positions: Int64) -> dict[str, Tensor]:
+        """See `DeviceSource.columns`."""
+        rows = torch.from_numpy(self._table.rows(views)[positions])
+        return self._source.columns(views, positions) | {TABLE_ROWS: to_device(rows, self._table.logits_RC.device)}
+
+    def execute(self, columns: Columns) -> Batch:
+        """See `DeviceSource.execute`."""
+        logits_BC = self._table.logits_RC.index_select(0, columns[TABLE_ROWS])
+        return replace(self._source.execute(columns), teacher_logits_BC=logits_BC)
+
+    def blank(self, count: int, jitter: bool) -> dict[str, Tensor]:
+        """See `DeviceSource.blank`."""
+        rows = torch.zeros(count, dtype=torch.int64, device=self._table.logits_RC.device)
+        return self._source.blank(count, jitter) | {TABLE_ROWS: rows}

@@ -1,17 +1,17 @@
-"""What is counted while training: sums on the device, seconds on the host."""
+"""What is counted while training: losses and hits on the device, seconds on the host."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-_NEVER = 2**62
 
 
 @dataclass(frozen=True)
@@ -31,50 +31,91 @@ class Reading:
     first_bad_step: int | None
 
 
-class Meter:
-    """Sums of one epoch, kept on the device; only `read` and `state` wait for it."""
+@dataclass(frozen=True)
+class Tally:
+    """What some steps came to, in parts that passed through the network one after the other.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Attributes:
+        steps: of each part, counted from the first step of the tally.
+        images: of each part.
+        loss_sums: over the images, on the device; their values, in order, are those of the parts.
+        correct: hits, likewise.
+    """
+
+    steps: tuple[int, ...]
+    images: tuple[int, ...]
+    loss_sums: tuple[Tensor, ...]
+    correct: tuple[Tensor, ...]
+
+    @property
+    def count(self) -> int:
+        """How many steps it is of."""
+        return self.steps[-1] + 1
+
+    @staticmethod
+    def of(tallies: Sequence[Tally]) -> Tally:
+        """Of several, in order, with one tensor of losses and one of hits."""
+        firsts = itertools.accumulate((tally.count for tally in tallies), initial=0)
+        return Tally(
+            tuple(first + step for first, tally in zip(firsts, tallies, strict=False) for step in tally.steps),
+            tuple(images for tally in tallies for images in tally.images),
+            (_joined([values for tally in tallies for values in tally.loss_sums]),),
+            (_joined([values for tally in tallies for values in tally.correct]),),
+        )
+
+
+class Meter:
+    """Losses and hits of an epoch. They stay on the device until they are read; keeping them takes no operator."""
+
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Starts an epoch."""
-        self._images = 0
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        # A whole number; kernels count in floating point.
-        self._correct = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._first_bad_step = torch.full((), _NEVER, dtype=torch.int64, device=self._device)
+        self._images, self._loss_sum, self._correct = 0, 0.0, 0.0
+        self._first_bad_step: int | None = None
+        self._unread: list[tuple[int, Tally]] = []
 
-    def add(self, step: int, images: int, loss_sum: Tensor, correct: Tensor) -> None:
-        """Counts a step, or a part of one: its losses and its hits, summed over the images."""
-        self._images += images
-        self._loss_sum += loss_sum
-        self._correct += correct
-        bad_step = torch.where(loss_sum.isfinite(), _NEVER, step)
-        self._first_bad_step = torch.minimum(self._first_bad_step, bad_step)
+    def add(self, first_step: int, tally: Tally) -> None:
+        """Counts steps, the first of which is given; the tally's tensors must stay as they are."""
+        self._unread.append((first_step, tally))
 
     def read(self) -> Reading:
         """Waits for the device and tells the means so far."""
+        self._take_in()
         images = max(self._images, 1)
-        bad = int(self._first_bad_step.item())
-        return Reading(
-            self._images,
-            self._loss_sum.item() / images,
-            self._correct.item() / images,
-            None if bad == _NEVER else bad,
-        )
+        return Reading(self._images, self._loss_sum / images, self._correct / images, self._first_bad_step)
 
     def state(self) -> dict[str, Any]:
         """Plain values from which `restore` goes on exactly."""
-        return {"images": self._images, "loss_sum": self._loss_sum.item(), "correct": int(self._correct.item())}
+        self._take_in()
+        return {"images": self._images, "loss_sum": self._loss_sum, "correct": int(self._correct)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state` told."""
         self.reset()
-        self._images = state["images"]
-        self._loss_sum += state["loss_sum"]
-        self._correct += state["correct"]
+        self._images, self._loss_sum, self._correct = state["images"], state["loss_sum"], float(state["correct"])
+
+    def _take_in(self) -> None:
+        """Adds up what is unread: one value after the other, so that the sum does not depend on when it is read."""
+        tallies = [tally for _, tally in self._unread]
+        if not tallies:
+            return
+        steps = [first + step for first, tally in self._unread for step in tally.steps]
+        losses = _joined([values for tally in tallies for values in tally.loss_sums]).tolist()
+        hits = _joined([values for tally in tallies for values in tally.correct]).tolist()
+        for step, loss_sum, correct in zip(steps, losses, hits, strict=True):
+            self._loss_sum += loss_sum
+            # Kernels count in floating point, and what is not finite is no whole number.
+            self._correct += correct
+            if self._first_bad_step is None and not math.isfinite(loss_sum):
+                self._first_bad_step = step
+        self._images += sum(images for tally in tallies for images in tally.images)
+        self._unread = []
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat([value.reshape(-1).double() for value in values])
 
 
 class Stopwatch:

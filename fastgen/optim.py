@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastgen.config import TrainSettings
 
@@ -29,7 +31,14 @@ def make_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.SGD:
     return optimizer
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
+    """Sets the learning rate of every group: a number, or an fp32 tensor () on the device."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state, for a checkpoint: learning rates as numbers, wherever they are kept."""
+    state = optimizer.state_dict()
+    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}

@@ -119,6 +119,7 @@ def _check_train(train: TrainSettings) -> None:
         1 <= train.accumulate_steps <= train.batch_size,
         f"train.accumulate_steps = {train.accumulate_steps}: give 1 to {train.batch_size}, the images of a batch",
     )
+    _require(train.graph_steps >= 1, f"train.graph_steps = {train.graph_steps}: give 1 or more")
     _require(
         0 <= train.warmup_epochs < train.epochs,
         f"train.warmup_epochs = {train.warmup_epochs}: give 0 or more, and less than train.epochs = {train.epochs}",
@@ -179,6 +180,12 @@ def _check_teacher(recipe: Recipe) -> None:
     _require(
         teacher.look_ahead_batches >= 1,
         f"teacher.look_ahead_batches = {teacher.look_ahead_batches}: give 1 or more",
+    )
+    steps = recipe.train.graph_steps
+    _require(
+        recipe.train.engine != "graph" or data.backend != "resident" or steps % teacher.look_ahead_batches == 0,
+        f"teacher.look_ahead_batches = {teacher.look_ahead_batches}: a graph of train.graph_steps = {steps} holds no "
+        "whole number of such groups: give a divisor",
     )
     if teacher.labels == "live":
         return

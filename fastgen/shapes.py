@@ -9,19 +9,28 @@ from fastgen.crops import ShiftCrop
 from fastgen.data.split import Dataset
 from fastgen.errors import UserError
 from fastgen.rules import PHOTO_MODELS
-from fastgen.schedule import Schedule, resolution_px
+from fastgen.schedule import resolution_px
 
 # torchvision's ResNets halve the plane five times.
 PHOTO_STRIDE_PX = 32
 
 
-def training_shapes(recipe: Recipe, dataset: Dataset, schedule: Schedule) -> list[tuple[int, int, int]]:
+Shape = tuple[int, int, int]
+
+
+def batch_shapes(recipe: Recipe, dataset: Dataset) -> list[Shape]:
+    """(images, height, width) of all batches of the training."""
+    counts = group_sizes(len(dataset.train), recipe.train.batch_size, 1)
+    return [(count, height_px, width_px) for count in counts for height_px, width_px in _view_sizes(recipe, dataset)]
+
+
+def part_shapes(recipe: Recipe, dataset: Dataset) -> list[Shape]:
     """(images, height, width) of everything that will pass through the network.
 
     Raises:
         UserError: a single image would meet a batch-norm over a single pixel, which has no variance.
     """
-    counts, sides = _part_sizes(recipe, len(dataset.train), schedule), _view_sizes(recipe, dataset)
+    counts, sides = _part_sizes(recipe, len(dataset.train)), _view_sizes(recipe, dataset)
     smallest = min(min(side) for side in sides)
     if min(counts) == 1 and recipe.model.name in PHOTO_MODELS and smallest <= PHOTO_STRIDE_PX:
         raise UserError(
@@ -42,12 +51,10 @@ def group_sizes(samples: int, batch_size: int, count: int) -> list[int]:
     return sorted({size for size in (min(full, samples), samples % full) if size})
 
 
-def _part_sizes(recipe: Recipe, samples: int, schedule: Schedule) -> list[int]:
+def _part_sizes(recipe: Recipe, samples: int) -> list[int]:
     """How many images may pass through the network at once: parts of full batches and of the last one."""
-    train = recipe.train
-    last = samples - (schedule.steps_per_epoch - 1) * train.batch_size
-    batches = {min(train.batch_size, samples), last}
-    bounds = [itertools.pairwise(part_bounds(images, train.accumulate_steps)) for images in batches]
+    batches = group_sizes(samples, recipe.train.batch_size, 1)
+    bounds = [itertools.pairwise(part_bounds(images, recipe.train.accumulate_steps)) for images in batches]
     return sorted({end - begin for pairs in bounds for begin, end in pairs})
 
 

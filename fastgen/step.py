@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +42,16 @@ class Forward(Protocol):
         ...
 
 
+EngineName = Literal["eager", "compile", "graph"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_forward(
-    model: nn.Module,
+    network: nn.Module,
     grade: Grade,
     teacher: Teacher | None,
     prepare: Prepare,
-    train: TrainSettings,
-    device: torch.device,
+    engine: EngineName = "eager",
     shapes: int = 2,
 ) -> Forward:
     """The part of a step that autograd sees, from stored pixels to the loss.
@@ -59,15 +59,13 @@ def make_forward(
     Teacher and student are given the same normalised tensor: the same view, bit for bit.
 
     Args:
-        model: the student (or patriarch), fp32 parameters, in train mode.
+        network: the student (or patriarch) in the dtype of the step, in train mode; see `working_copy`.
         grade: by what it minimises.
         teacher: gives logits for the same images; None: labels alone, or logits that come with the batch.
         prepare: from `make_prepare`, in the dtype of the step.
-        train: names precision and engine.
-        device: where all of it lives.
+        engine: of the recipe.
         shapes: how many shapes of batches will come; engine compile compiles one of each.
     """
-    dtype = DTYPES[train.precision]
 
     def forward(
         images_NCHW: Tensor,
@@ -79,11 +77,9 @@ def make_forward(
         inputs_NCHW = prepare(images_NCHW, jitter_B4)
         if teacher is not None and teacher_logits_BC is None:
             teacher_logits_BC = teacher(inputs_NCHW)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits_BC = model(inputs_NCHW)
-        return grade(logits_BC, labels_B, teacher_logits_BC, scale)
+        return grade(network(inputs_NCHW), labels_B, teacher_logits_BC, scale)
 
-    if train.engine == "compile":
+    if engine == "compile":
         return compiled(forward, shapes)
     return forward
 

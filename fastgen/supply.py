@@ -9,12 +9,12 @@ from pathlib import Path
 
 from fastgen.augment import Normaliser
 from fastgen.crops import ShiftCrop
-from fastgen.data.batch import Batch, Loader
+from fastgen.data.batch import Batch, DeviceSource, Loader
 from fastgen.data.resident import ResidentLoader
 from fastgen.evaluate import load_network
 from fastgen.labelling import TABLE_BATCH, build_table, claim_cost
 from fastgen.labels import LabelTable, TableKind, read_table, table_path
-from fastgen.lessons import LookAhead, TableLoader
+from fastgen.lessons import LookAhead, TableLoader, TableSource
 from fastgen.meters import Stopwatch
 from fastgen.nodes import Node
 from fastgen.plan import Generation
@@ -34,7 +34,8 @@ class Supply:
             before the training.
         prepare: what the network sees of a batch's images.
         live_teacher: asked within the step; None: there is none, or batches bring its logits along.
-        ahead: asks a teacher before the step; to be warmed up.
+        source: the same batches, but for what `ahead` does, made on the device alone; None: they are not.
+        ahead: asks a teacher before the step.
         views: how views are executed, for the record.
         lessons: how the teacher is asked, for the record; None: there is none.
     """
@@ -45,6 +46,7 @@ class Supply:
     live_teacher: Teacher | None
     views: str
     lessons: str | None
+    source: DeviceSource | None = None
     ahead: LookAhead | None = None
 
 
@@ -77,8 +79,14 @@ def make_supply(
     if settings.labels == "table":
         table = _table(bench, generation, node, teacher_weights, supply, stopwatch)
         loader = TableLoader(supply.loader, table)
-        return _then(supply, loader, loader.dress, f"label table {table.kind.key}")
-    groups = group_sizes(len(bench.dataset.train), train.batch_size, settings.look_ahead_batches)
+        source = None if supply.source is None else TableSource(supply.source, table)
+        return replace(_then(supply, loader, loader.dress, f"label table {table.kind.key}"), source=source)
+    # Programs ask for a batch alone where no full group is left.
+    groups = {
+        images
+        for batches in (settings.look_ahead_batches, 1)
+        for images in group_sizes(len(bench.dataset.train), train.batch_size, batches)
+    }
     teacher = _teacher(bench, teacher_weights, max(groups), len(groups) * len(sides))
     if settings.engine == "folded" and settings.look_ahead_batches == 1:
         return replace(supply, live_teacher=teacher, lessons=teacher.how)
@@ -97,7 +105,10 @@ def _images(bench: Workbench) -> Supply:
     normalise = Normaliser(facts.mean, facts.std, bench.device, DTYPES[train.precision])
     prepare, loader = make_prepare(normalise, jitter), bench.train_loader
     plain = Supply(loader, lambda batch: batch, prepare, None, bench.recipe.data.backend, None)
-    if train.kernels != "triton" or not isinstance(loader, ResidentLoader):
+    if not isinstance(loader, ResidentLoader):
+        return plain
+    plain = replace(plain, source=loader)
+    if train.kernels != "triton":
         return plain
     if jitter.active:
         return replace(plain, views="resident, triton")
@@ -105,7 +116,8 @@ def _images(bench: Workbench) -> Supply:
     def dress(batch: Batch) -> Batch:
         return replace(batch, images_NCHW=normalise(batch.images_NCHW))
 
-    return replace(plain, loader=loader.normalised(normalise), dress=dress, views="resident, triton, normalised")
+    normalised = loader.normalised(normalise)
+    return replace(plain, loader=normalised, source=normalised, dress=dress, views="resident, triton, normalised")
 
 
 def _teacher(bench: Workbench, weights: Path, images: int, shapes: int) -> FrozenTeacher:

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastgen.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from fastgen.config import TrainSettings
-from fastgen.data.batch import Batch
 from fastgen.data.split import Dataset
+from fastgen.engines import Engine, Plant, make_engine
 from fastgen.environment import describe_environment
 from fastgen.errors import Diverged, MachineError, UserError
 from fastgen.evaluate import evaluation_normaliser, measure
 from fastgen.grade import make_grade
-from fastgen.meters import Meter, Reading, Stopwatch
+from fastgen.learner import Learner, make_learner
+from fastgen.meters import Meter, Reading, Stopwatch, Tally
 from fastgen.models import build_model, initialise
 from fastgen.nodes import Node, locked
-from fastgen.optim import make_optimizer, set_lr
 from fastgen.plan import Generation
 from fastgen.schedule import Schedule, make_schedule, resolution_px
-from fastgen.shapes import group_sizes, part_bounds, training_shapes
-from fastgen.step import Forward, make_forward, make_scaler
+from fastgen.shapes import batch_shapes, part_shapes
 from fastgen.supply import Supply, make_supply
 from fastgen.views import EpochViews
 from fastgen.workbench import Workbench
@@ -39,14 +37,17 @@ from fastgen.workbench import Workbench
 class Training:
     """A training under way: all that a step changes, and that a checkpoint therefore holds."""
 
-    model: nn.Module
-    optimizer: torch.optim.SGD
-    scaler: torch.amp.GradScaler
+    learner: Learner
     meter: Meter
     stopwatch: Stopwatch
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     saved_at: float = field(default_factory=time.monotonic)
+
+    def take(self, tally: Tally) -> None:
+        """Counts steps that were taken."""
+        self.meter.add(self.step, tally)
+        self.step += tally.count
 
 
 def train_generation(bench: Workbench, generation: Generation, node: Node, teacher_weights: Path | None) -> None:
@@ -67,26 +68,26 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
     with locked(node.folder, "this generation"):
         if node.finished:
             return
-        schedule = make_schedule(train, len(dataset.train))
-        training = _start(bench, generation)
-        with training.stopwatch.phase("warm_up"):
-            shapes = training_shapes(bench.recipe, dataset, schedule)
-            sides = {shape[1:] for shape in shapes}
-            supply = make_supply(bench, generation, node, teacher_weights, training.stopwatch, sides)
-            forward = _make_forward(bench, training, generation, supply, len(shapes))
-            _warm_up(bench, training, forward, supply, shapes)
-        _resume(training, node)
-        _announce(bench, generation, node, schedule, training)
+        schedule, stopwatch = make_schedule(train, len(dataset.train)), Stopwatch(bench.device)
+        with stopwatch.phase("warm_up"):
+            sides = {shape[1:] for shape in part_shapes(bench.recipe, dataset)}
+            supply = make_supply(bench, generation, node, teacher_weights, stopwatch, sides)
+            training = Training(_start(bench, generation, supply), Meter(), stopwatch)
+            _resume(training, node)
+            engine = _make_engine(bench, training.learner, supply)
+        _announce(bench, generation, node, schedule, training, engine)
 
         for epoch, views in _epochs(bench, generation, training, schedule):
             first_batch = training.step % schedule.steps_per_epoch
+            lrs = [schedule.lr(step) for step in range(training.step, (epoch + 1) * schedule.steps_per_epoch)]
             with training.stopwatch.phase("train"):
-                for batch in supply.loader.batches(views, train.batch_size, first_batch):
-                    take_step(training, forward, batch, schedule.lr(training.step), train.accumulate_steps)
+                for tally in engine.epoch(views, first_batch, lrs):
+                    logged = training.step // bench.recipe.run.log_every_steps
+                    training.take(tally)
                     bench.recorder.stepped(training.step)
                     if training.step % schedule.steps_per_epoch == 0:
                         break  # what an epoch's end has to tell and to save follows below
-                    if training.step % bench.recipe.run.log_every_steps == 0:
+                    if training.step // bench.recipe.run.log_every_steps > logged:
                         _log(bench, training, views, schedule, node)
                     _pause(bench, training, views, node)
                 reading = _log(bench, training, views, schedule, node)
@@ -94,7 +95,7 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
             _end_epoch(bench, training, epoch, reading)
             if epoch + 1 < train.epochs:
                 _pause(bench, training, views, node)
-        _finish(bench, generation, training, node, supply)
+        _finish(bench, generation, training, node, supply, engine)
 
 
 def _epochs(
@@ -118,41 +119,7 @@ def _epochs(
             yield epoch, views
 
 
-def take_step(training: Training, forward: Forward, batch: Batch, lr: float, accumulate_steps: int = 1) -> None:
-    """One step of SGD; nothing in it waits for the device.
-
-    With accumulate_steps the batch passes in so many parts, whose gradients are added up, weighed by their images:
-    the gradient of the whole batch's mean loss, but for batch-norm, which sees one part at a time.
-    """
-    set_lr(training.optimizer, lr)
-    # Here and not after the step: measured faster on a CPU (benchmarks/NOTES.md).
-    training.optimizer.zero_grad()
-    images = len(batch.labels)
-    for part in _parts(batch, accumulate_steps):
-        share = None if accumulate_steps == 1 else len(part.labels) / images
-        scale = _scale(training.scaler, share, part.labels.device)
-        graded = forward(part.images_NCHW, part.labels, part.jitter, part.teacher_logits_BC, scale)
-        torch.autograd.backward(graded.root, graded.gradient)
-        training.meter.add(training.step, len(part.labels), graded.loss_sum, graded.correct)
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
-    training.step += 1
-
-
-def _scale(scaler: torch.amp.GradScaler, share: float | None, device: torch.device) -> Tensor | None:
-    """What the mean loss of a part, or (None) of the whole batch, counts in the gradient; None: once."""
-    if share is None and not scaler.is_enabled():
-        return None
-    # A tensor and not a number: compiled code has no constants then that change with the size of a part.
-    return scaler.scale(torch.full((), 1.0 if share is None else share, dtype=torch.float64, device=device))
-
-
-def _parts(batch: Batch, count: int) -> Iterator[Batch]:
-    bounds = part_bounds(len(batch.labels), count)
-    return (batch[begin:end] for begin, end in itertools.pairwise(bounds))
-
-
-def _start(bench: Workbench, generation: Generation) -> Training:
+def _start(bench: Workbench, generation: Generation, supply: Supply) -> Learner:
     recipe, facts = bench.recipe, bench.dataset.facts
     if "compile" in (recipe.train.engine, recipe.teacher.engine):
         # The code of the generation before is of no more use, and counts towards torch's limit of compilations.
@@ -164,44 +131,25 @@ def _start(bench: Workbench, generation: Generation) -> Training:
         from fastgen.models.norm_act import fuse_norm_act
 
         model = fuse_norm_act(model)
-    optimizer = make_optimizer(model, recipe.train)
-    return Training(
-        model, optimizer, make_scaler(recipe.train, bench.device), Meter(bench.device), Stopwatch(bench.device)
+    grade = make_grade(generation.objective, fused=recipe.train.kernels == "triton")
+    shapes = len(part_shapes(recipe, bench.dataset))
+    return make_learner(model, grade, supply.live_teacher, supply.prepare, recipe.train, bench.device, shapes)
+
+
+def _make_engine(bench: Workbench, learner: Learner, supply: Supply) -> Engine:
+    dataset = bench.dataset
+    return make_engine(
+        Plant(
+            learner,
+            supply,
+            bench.recipe.train,
+            len(dataset.train),
+            batch_shapes(bench.recipe, dataset),
+            dataset.facts.channels,
+            dataset.crop.jitter.active,
+            bench.device,
+        )
     )
-
-
-def _make_forward(bench: Workbench, training: Training, generation: Generation, supply: Supply, shapes: int) -> Forward:
-    train = bench.recipe.train
-    grade = make_grade(generation.objective, fused=train.kernels == "triton")
-    return make_forward(training.model, grade, supply.live_teacher, supply.prepare, train, bench.device, shapes)
-
-
-def _warm_up(
-    bench: Workbench, training: Training, forward: Forward, supply: Supply, shapes: Sequence[tuple[int, int, int]]
-) -> None:
-    """Compiles, and lets libraries choose their algorithms, on blank images; changes no state."""
-    if supply.ahead is not None:
-        groups = group_sizes(len(bench.dataset.train), bench.recipe.train.batch_size, supply.ahead.count)
-        for count, side in itertools.product(groups, {shape[1:] for shape in shapes}):
-            supply.ahead.teach([_blank(bench, count, *side)])
-    before = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
-    for count, height_px, width_px in shapes:
-        part = supply.dress(_blank(bench, count, height_px, width_px))
-        scale = _scale(training.scaler, None if bench.recipe.train.accumulate_steps == 1 else 1.0, bench.device)
-        graded = forward(part.images_NCHW, part.labels, part.jitter, part.teacher_logits_BC, scale)
-        torch.autograd.backward(graded.root, graded.gradient)
-    training.optimizer.zero_grad()
-    for name, buffer in training.model.named_buffers():
-        buffer.copy_(before[name])
-
-
-def _blank(bench: Workbench, count: int, height_px: int, width_px: int) -> Batch:
-    """Black images of class 0, as the data set's loader would give them."""
-    shape = (count, bench.dataset.facts.channels, height_px, width_px)
-    images_NCHW = torch.zeros(shape, dtype=torch.uint8, device=bench.device)
-    numbers = torch.zeros(count, dtype=torch.int64, device=bench.device)
-    jitter = torch.zeros((count, 4), device=bench.device) if bench.dataset.crop.jitter.active else None
-    return Batch(images_NCHW.contiguous(memory_format=torch.channels_last), numbers, numbers, jitter)
 
 
 def _resume(training: Training, node: Node) -> None:
@@ -212,18 +160,18 @@ def _resume(training: Training, node: Node) -> None:
         raise UserError(
             f"{node.checkpoint}: is of another generation ({state['node']}): delete it, and this one starts afresh"
         )
-    training.model.load_state_dict(state["model"])
-    training.optimizer.load_state_dict(state["optimizer"])
-    training.scaler.load_state_dict(state["scaler"])
+    training.learner.load_state(state)
     training.meter.restore(state["meter"])
     training.stopwatch.add(state["seconds"])
     training.step, training.history = state["step"], state["history"]
 
 
-def _announce(bench: Workbench, generation: Generation, node: Node, schedule: Schedule, training: Training) -> None:
+def _announce(
+    bench: Workbench, generation: Generation, node: Node, schedule: Schedule, training: Training, engine: Engine
+) -> None:
     if training.step:
         bench.recorder.say(f"generation {generation.index} goes on at step {training.step} of {schedule.total_steps}")
-    facts = {"role": generation.role, "engine": bench.recipe.train.engine, "precision": bench.recipe.train.precision}
+    facts = {"role": generation.role, "engine": engine.how, "precision": bench.recipe.train.precision}
     bench.recorder.begin(generation, schedule, len(bench.dataset.train), training.step, facts)
 
 
@@ -281,14 +229,12 @@ def _pause(bench: Workbench, training: Training, views: EpochViews, node: Node) 
 
 def _save(bench: Workbench, training: Training, views: EpochViews, node: Node) -> None:
     _require_finite(training.meter.read(), bench.recipe.train, bench.dataset, views, node)
-    _require_finite_weights(training.model, training.step)
+    _require_finite_weights(training.learner.model, training.step)
     with training.stopwatch.phase("save"):
         state = {
             "node": node.id,
             "step": training.step,
-            "model": training.model.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
-            "scaler": training.scaler.state_dict(),
+            **training.learner.state(),
             "meter": training.meter.state(),
             "seconds": training.stopwatch.seconds(),
             "history": training.history,
@@ -304,7 +250,7 @@ def _end_epoch(bench: Workbench, training: Training, epoch: int, reading: Readin
     due = every and (epoch + 1) % every == 0 and epoch + 1 < bench.recipe.train.epochs
     if due and not bench.stop.requested:
         with training.stopwatch.phase("evaluate"):
-            row |= _evaluate(bench, training.model)
+            row |= _evaluate(bench, training.learner.model)
     training.history.append(row)
     # Not in the history: it shall be the same however often a training was stopped.
     seconds = training.stopwatch.seconds()
@@ -320,9 +266,11 @@ def _evaluate(bench: Workbench, model: nn.Module) -> dict[str, float]:
     return {"top1_error": measured.top1_error, "top5_error": measured.top5_error}
 
 
-def _finish(bench: Workbench, generation: Generation, training: Training, node: Node, supply: Supply) -> None:
+def _finish(
+    bench: Workbench, generation: Generation, training: Training, node: Node, supply: Supply, engine: Engine
+) -> None:
     recipe, facts = bench.recipe, bench.dataset.facts
-    _require_finite_weights(training.model, training.step)
+    _require_finite_weights(training.learner.model, training.step)
     description = {
         "model": recipe.as_dict()["model"],
         "dataset": recipe.data.dataset,
@@ -335,7 +283,7 @@ def _finish(bench: Workbench, generation: Generation, training: Training, node: 
         "node": node.id,
     }
     with training.stopwatch.phase("save"):
-        save_weights(node.weights, training.model, description)
+        save_weights(node.weights, training.learner.model, description)
     seconds = training.stopwatch.seconds()
     record = {
         "images": recipe.train.epochs * len(bench.dataset.train),
@@ -344,7 +292,7 @@ def _finish(bench: Workbench, generation: Generation, training: Training, node: 
         "path": {
             "views": supply.views,
             "pixels": bench.dataset.pixels,
-            "step": recipe.train.engine,
+            "step": engine.how,
             "loss": recipe.train.kernels,
             "batchnorm": recipe.train.batchnorm,
             "teacher": supply.lessons,

@@ -6,17 +6,16 @@ from torch import nn
 
 from fastgen.data.batch import Batch
 from fastgen.grade import plain
-from fastgen.meters import Meter, Stopwatch
+from fastgen.learner import Learner
+from fastgen.meters import Meter
 from fastgen.shapes import part_bounds
-from fastgen.trainer import Training, take_step
-
-CPU = torch.device("cpu")
+from fastgen.working_copy import WorkingCopy
 
 
-def training_of(model):
+def learner_of(model, forward, accumulate_steps):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Training(model, optimizer, scaler, Meter(CPU), Stopwatch(CPU))
+    return Learner(model, WorkingCopy(model, torch.float32), optimizer, scaler, forward, accumulate_steps)
 
 
 def batch_of(count):
@@ -29,7 +28,7 @@ def step(count, accumulate_steps):
     """(weights after one step, reading of the meter, images of each forward pass)"""
     torch.manual_seed(0)
     model = nn.Linear(12, 5).double()
-    training, passes = training_of(model), []
+    meter, passes = Meter(), []
 
     def forward(images, labels, jitter=None, teacher_logits=None, scale=None):
         passes.append(len(images))
@@ -37,8 +36,8 @@ def step(count, accumulate_steps):
         logits = model(images.flatten(1))
         return plain(lambda z, y, v: nn.functional.cross_entropy(z, y))(logits, labels, None, scale)
 
-    take_step(training, forward, batch_of(count), 0.1, accumulate_steps)
-    return model.weight.detach(), training.meter.read(), passes
+    meter.add(0, learner_of(model, forward, accumulate_steps).step(batch_of(count), 0.1))
+    return model.weight.detach(), meter.read(), passes
 
 
 @pytest.mark.parametrize(("count", "parts"), [(8, 2), (7, 3), (5, 5), (3, 8), (1, 4), (128, 3)])

@@ -15,9 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks import __main__ as everything
-from benchmarks import common, losses, opcount, step, teacher
+from benchmarks import common, losses, opcount, opcount_steps, rigs, teacher
 from benchmarks.common import Floor
-from benchmarks.opcount import Count, OperatorCounter
+from benchmarks.operators import Count, OperatorCounter
 from fastgen.data.batch import Batch
 from fastgen.data.facts import Facts
 from fastgen.data.resident import ResidentLoader
@@ -69,9 +69,11 @@ def test_an_operator_of_our_own_counts_once_and_phases_are_kept_apart():
 
 def test_floors_of_the_counts_hold(monkeypatch):
     monkeypatch.setattr(opcount, "TEACHERS_PX", {"resnet20": 32})
-    counts = [*opcount.count_losses(), *opcount.count_teachers()]
+    step = opcount_steps.STEPS[6]
+    assert step.name == opcount.MOST_OF_STEP[1]
+    counts = [*opcount.count_losses(), *opcount.count_teachers(), *opcount.count_steps("resnet20", [step])]
     floors = opcount.floors(counts)
-    assert len(floors) == 4
+    assert len(floors) == 5
     assert all(floor.passed for floor in floors), [floor.line() for floor in floors]
     eager = {count.case: count.operators for count in counts if count.case.endswith("eager")}
     assert min(eager.values()) > 20
@@ -82,28 +84,34 @@ def test_floors_of_the_counts_hold(monkeypatch):
 def test_doctored_counts_are_told_as_missed(capsys, monkeypatch, tmp_path):
     good = [Count("loss", "", f"{name} fused", "bf16", {"forward": 2}) for name in opcount.OBJECTIVES]
     teachers = [Count("teacher", "resnet20", name, "fp32", {"forward": n}) for name, n in (("eager", 8), ("fused", 4))]
-    assert all(floor.passed for floor in opcount.floors([*good, *teachers]))
-    worse = [replace(good[0], by_phase={"forward": 2, "backward": 1}), *good[1:], *teachers]
-    assert [floor.passed for floor in opcount.floors(worse)] == [False, True, True, True]
-    assert [floor.passed for floor in opcount.floors(good[:2])] == [True, True, False, False]
+    step = Count("step", *opcount.MOST_OF_STEP[:2], "bf16", {"forward": 100, "backward": 60})
+    assert all(floor.passed for floor in opcount.floors([*good, *teachers, step]))
+    worse = [replace(good[0], by_phase={"forward": 2, "backward": 1}), *good[1:], *teachers, step]
+    assert [floor.passed for floor in opcount.floors(worse)] == [False, True, True, True, True]
+    assert [floor.passed for floor in opcount.floors(good[:2])] == [True, True, False, False, False]
+    slower = [*good, *teachers, replace(step, by_phase={"forward": 100, "backward": 60, "optimizer": 1})]
+    assert [floor.passed for floor in opcount.floors(slower)] == [True, True, True, True, False]
 
     for name, counts in (("count_losses", worse), ("count_teachers", []), ("count_steps", [])):
         monkeypatch.setattr(opcount, name, lambda *_, found=counts: found)
     assert command(opcount.main, [f"--results={tmp_path}"]) == 1
     captured = capsys.readouterr()
-    assert captured.out.count("PASS") == 3
+    assert captured.out.count("PASS") == 4
     assert "FAIL  operators of the fused loss tolerant: 3, asked at most 2" in captured.out
-    assert captured.err.startswith("fastgen: 1 of 4 floors missed")
+    assert captured.err.startswith("fastgen: 1 of 5 floors missed")
 
 
 def test_a_step_is_counted_by_phase_and_compiles_whole():
-    torch_, triton_, table = opcount.STEPS[1], opcount.STEPS[5], opcount.STEPS[6]
-    counts = dict(zip("abc", opcount.count_steps("resnet8", [torch_, triton_, table]), strict=True))
-    assert all(count.graph_breaks == "0" and count.by_phase["optimizer"] == 1 for count in counts.values())
-    a, b, c = (counts[name].operators for name in "abc")
-    assert a > b > c > 10
+    kinds = [opcount_steps.STEPS[number] for number in (1, 5, 6, 7, 9)]
+    counts = list(opcount.count_steps("resnet8", kinds))
+    assert all(count.graph_breaks == "0" for count in counts)
+    assert [count.by_phase["optimizer"] for count in counts[:4]] == [1] * 4
+    plain, kernels, fused, table, graph = (count.operators for count in counts)
+    assert plain > kernels > fused > table > 10
+    # Of eight steps together the teacher is asked once.
+    assert fused > graph
     # The teacher is all that differs, and it has no backward pass.
-    assert counts["b"].by_phase["backward"] == counts["c"].by_phase["backward"]
+    assert len({count.by_phase["backward"] for count in counts[1:]}) == 1
 
 
 def test_a_graph_break_is_told():
@@ -113,7 +121,7 @@ def test_a_graph_break_is_told():
         return images
 
     numbers = torch.zeros(2, dtype=torch.int64)
-    told = opcount.graph_breaks(forward, Batch(torch.zeros(2), numbers, numbers))
+    told = opcount_steps.graph_breaks(forward, Batch(torch.zeros(2), numbers, numbers))
     assert told != "0"
     assert "data-dependent" in told.lower()
 
@@ -235,8 +243,8 @@ def test_captured_candidates_compute_the_same_and_are_timed(objective):
 
 
 def _small_case(batch_size=8):
-    split = step.random_split(SMALL_FACTS, 2 * teacher.AHEAD * batch_size)
-    return step.Case("resnet8", batch_size, "fp32", SMALL_FACTS, split, CPU)
+    split = rigs.random_split(SMALL_FACTS, 2 * teacher.AHEAD * batch_size)
+    return rigs.Case("resnet8", batch_size, "fp32", SMALL_FACTS, split, CPU)
 
 
 def test_teachers_are_timed_alone_and_in_steps(capsys, tmp_path):
@@ -302,7 +310,7 @@ def test_all_benchmarks_are_called_from_any_folder(run_command, tmp_path):
         ["--only=opcount", f"--results={tmp_path}"], module="benchmarks", env={"PYTHONPATH": common.ROOT}
     )
     assert ended.code == 0, ended.err
-    assert ended.out.count("PASS") == 4
+    assert ended.out.count("PASS") == 5
     assert ended.out.rstrip().splitlines()[-1].split()[:2] == ["opcount", "0"]
     rows = common.read_rows(tmp_path / "opcount.csv")
     assert {row["part"] for row in rows} == {"loss", "teacher", "step"}

@@ -251,14 +251,14 @@ def test_a_diverged_loss_names_step_and_samples(tmp_path, recipe):
 
 
 def test_weights_broken_by_the_last_update_are_not_finished(tmp_path, recipe, monkeypatch):
-    original = trainer.take_step
+    original = trainer.Training.take
 
-    def breaks_at_the_end(training, *arguments):
-        original(training, *arguments)
+    def breaks_at_the_end(training, tally):
+        original(training, tally)
         if training.step == 10:
-            next(training.model.parameters()).data.fill_(float("inf"))
+            next(training.learner.model.parameters()).data.fill_(float("inf"))
 
-    monkeypatch.setattr(trainer, "take_step", breaks_at_the_end)
+    monkeypatch.setattr(trainer.Training, "take", breaks_at_the_end)
     with pytest.raises(MachineError, match="infinite or not a number"):
         main([*run_words(recipe, tmp_path), "--train.epochs=1", "--run.save_minutes=60"])
     assert not list(tmp_path.glob("nodes/*/node.json"))

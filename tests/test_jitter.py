@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from fastgen.augment import Normaliser, jitter_views
-from fastgen.config import TrainSettings
 from fastgen.crops import JitterPolicy, ShiftCrop
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
@@ -89,9 +88,8 @@ def test_teacher_and_student_see_the_jittered_view():
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     jitter = torch.tensor([[9.0, 10, -10, 5]] * 4)
     normalise = Normaliser((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), CPU, torch.float32)
-    train = TrainSettings(epochs=1)
     prepare = make_prepare(normalise, JitterPolicy(rotation_degrees=10))
-    forward = make_forward(Student(), plain(lambda z, y, v: (z - v).sum()), teacher, prepare, train, CPU)
+    forward = make_forward(Student(), plain(lambda z, y, v: (z - v).sum()), teacher, prepare)
     forward(images, torch.zeros(4, dtype=torch.int64), jitter)
     assert torch.equal(seen["student"], seen["teacher"])
     assert torch.equal(seen["student"], normalise(jitter_views(images, jitter, rotate=True)))

@@ -78,16 +78,16 @@ def test_kernels_train_what_plain_pytorch_trains(plain, tmp_path, words, expecte
 @pytest.mark.parametrize("words", [["--train.kernels=triton"], ["--train.batchnorm=triton"]])
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, words):
     whole = run(tmp_path, "whole", *words)
-    right, steps = trainer.take_step, 0
+    take, steps = trainer.Training.take, 0
 
-    def stopping(*arguments):
+    def stopping(training, tally):
         nonlocal steps
-        right(*arguments)
+        take(training, tally)
         steps += 1
         if steps == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(trainer, "take_step", stopping)
+    monkeypatch.setattr(trainer.Training, "take", stopping)
     with pytest.raises(Stopped):
         run(tmp_path, "stopped", *words)
     stopped = run(tmp_path, "stopped", *words)

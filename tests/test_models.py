@@ -270,10 +270,9 @@ def test_teacher_and_student_see_the_same_tensor():
         seen.append(images_NCHW)
         return torch.zeros(len(images_NCHW), 10)
 
-    train = TrainSettings(epochs=1)
     normalise = Normaliser((0.5,) * 3, (0.25,) * 3, CPU, torch.float32)
     grade = plain(lambda z, y, v: distill(z, y, v, 0.6))
-    forward = make_forward(Student(), grade, teach, make_prepare(normalise), train, CPU)
+    forward = make_forward(Student(), grade, teach, make_prepare(normalise))
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     graded = forward(images, torch.arange(4))
     assert seen[0] is seen[1]
@@ -307,8 +306,7 @@ def test_the_first_step_may_overflow_in_fp16():
 def test_as_many_compilations_are_allowed_as_shapes_will_come():
     """torch's own limit of eight is fewer than a growing resolution has shapes."""
     normalise = Normaliser((0.5,) * 3, (0.5,) * 3, CPU, torch.float32)
-    train = TrainSettings(epochs=1, engine="compile")
     # Not pytest's monkeypatch: it would leave torch's configuration without the entry.
     with torch._dynamo.config.patch(recompile_limit=8):
-        make_forward(torch.nn.Identity(), plain(lambda z, y, v: z.sum()), None, make_prepare(normalise), train, CPU, 11)
+        make_forward(torch.nn.Identity(), plain(lambda z, y, v: z.sum()), None, make_prepare(normalise), "compile", 11)
         assert torch._dynamo.config.recompile_limit == 11

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -62,6 +62,33 @@ class Loader(Protocol):
             UserError: a sample cannot be read; the line names its file.
             ValueError: the views are not of these samples, or lie outside their pictures.
         """
+        ...
+
+
+# What is known of samples, by name: tensors on the device whose first dimension counts the samples.
+Columns = Mapping[str, Tensor]
+
+
+class DeviceSource(Protocol):
+    """Batches in two halves: what the host looks up for many of them at once, and what the device makes of it.
+
+    The second half launches the same work whatever the values are, so it can be captured in a CUDA graph.
+    """
+
+    def columns(self, views: EpochViews, positions: Int64) -> dict[str, Tensor]:
+        """What `execute` needs of the samples at these positions.
+
+        Raises:
+            ValueError: the views are not of these samples.
+        """
+        ...
+
+    def execute(self, columns: Columns) -> Batch:
+        """The samples that the columns speak of."""
+        ...
+
+    def blank(self, count: int, jitter: bool) -> dict[str, Tensor]:
+        """Columns of so many samples that nothing has been looked up for: valid, and all the same."""
         ...
 
 

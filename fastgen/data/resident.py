@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastgen.augment import Normaliser, Windows, crop_and_flip
-from fastgen.data.batch import Batch, Loader, to_device
+from fastgen.crops import JITTER_COLUMNS, TABLE_COLUMNS, Int64
+from fastgen.data.batch import Batch, Columns, to_device
 from fastgen.data.split import Split
 from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
@@ -36,6 +37,7 @@ class ResidentLoader:
         # Without kernels the images are kept padded, as words, and only so.
         self._images_NHWC = images_NHWC if kernels else None
         self._execute = _by_kernel(images_NHWC) if kernels else _by_torch(images_NHWC, pad_px)
+        self._rows_dtype = torch.int32 if kernels else torch.int64
         self._raw = True
         self._size_px = split.images_NHWC.shape[1:3]
         self._pad_px = pad_px
@@ -46,7 +48,7 @@ class ResidentLoader:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def normalised(self, normalise: Normaliser) -> Loader:
+    def normalised(self, normalise: Normaliser) -> ResidentLoader:
         """A loader over the same memory, whose batches are normalised by the kernel that makes them.
 
         Its images are `normalise(images)` of this loader's but for the last bits; see `kernels.views`. It refuses
@@ -66,25 +68,44 @@ class ResidentLoader:
         self, views: EpochViews, batch_size: int, first_batch: int = 0, share: Share = WHOLE
     ) -> Iterator[Batch]:
         """See `Loader.batches`."""
-        self._require_own(views)
         shares = list(batch_positions(views.order, batch_size, first_batch, share))
         if not shares:
             return
         # All that is gathered beside the images is gathered at once: a batch takes slices, without a launch.
-        mine = to_device(torch.from_numpy(np.concatenate(shares)), self._device)
-        rows = to_device(torch.from_numpy(views.table), self._device).index_select(0, mine)
-        rows = rows.to(torch.int64 if self._images_NHWC is None else torch.int32)
-        labels, ids = self._labels.index_select(0, mine), self._ids.index_select(0, mine)
-        jitter = None
-        if views.jitter is not None:
-            jitter = to_device(torch.from_numpy(views.jitter), self._device).index_select(0, mine)
+        columns = self.columns(views, np.concatenate(shares))
         end = 0
         for size in map(len, shares):
             part = slice(end, end + size)
             end += size
             if size:
-                images_NCHW = self._execute(mine[part], rows[part])
-                yield Batch(images_NCHW, labels[part], ids[part], None if jitter is None else jitter[part])
+                yield self.execute({name: column[part] for name, column in columns.items()})
+
+    def columns(self, views: EpochViews, positions: Int64) -> dict[str, Tensor]:
+        """See `DeviceSource.columns`."""
+        self._require_own(views)
+        mine = to_device(torch.from_numpy(positions), self._device)
+        rows = to_device(torch.from_numpy(views.table), self._device).index_select(0, mine)
+        found = {
+            "positions": mine,
+            "rows": rows.to(self._rows_dtype),
+            "labels": self._labels.index_select(0, mine),
+            "ids": self._ids.index_select(0, mine),
+        }
+        if views.jitter is not None:
+            found["jitter"] = to_device(torch.from_numpy(views.jitter), self._device).index_select(0, mine)
+        return found
+
+    def execute(self, columns: Columns) -> Batch:
+        """See `DeviceSource.execute`."""
+        images_NCHW = self._execute(columns["positions"], columns["rows"])
+        return Batch(images_NCHW, columns["labels"], columns["ids"], columns.get("jitter"))
+
+    def blank(self, count: int, jitter: bool) -> dict[str, Tensor]:
+        """See `DeviceSource.blank`: the first image, uncut, as class 0."""
+        numbers = torch.zeros(count, dtype=torch.int64, device=self._device)
+        rows = torch.zeros((count, len(TABLE_COLUMNS)), dtype=self._rows_dtype, device=self._device)
+        drawn = {"jitter": torch.zeros((count, len(JITTER_COLUMNS)), device=self._device)} if jitter else {}
+        return {"positions": numbers, "rows": rows, "labels": numbers.clone(), "ids": numbers.clone(), **drawn}
 
     def _require_own(self, views: EpochViews) -> None:
         """On the device a position or corner that does not exist would be read all the same."""

@@ -1,0 +1,135 @@
+"""What a training step changes, and the step itself: forward, backward, SGD."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.config import TrainSettings
+from fastgen.data.batch import Batch
+from fastgen.grade import Grade
+from fastgen.meters import Tally
+from fastgen.optim import make_optimizer, optimizer_state, set_lr
+from fastgen.shapes import part_bounds
+from fastgen.step import DTYPES, Forward, Prepare, make_forward, make_scaler
+from fastgen.teacher import Teacher
+from fastgen.working_copy import WorkingCopy
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A network under training.
+
+    Attributes:
+        model: fp32 weights; what is saved and evaluated.
+        working: what a step runs.
+        optimizer: of the model.
+        scaler: of gradients, for fp16.
+        forward: of the working copy.
+        accumulate_steps: parts of a batch, whose gradients are added up.
+    """
+
+    model: nn.Module
+    working: WorkingCopy
+    optimizer: torch.optim.SGD
+    scaler: torch.amp.GradScaler
+    forward: Forward
+    accumulate_steps: int = 1
+
+    def step(self, batch: Batch, lr: float | Tensor) -> Tally:
+        """One step of SGD; nothing in it waits for the device.
+
+        With accumulate_steps the batch passes in so many parts, whose gradients are added up, weighed by their images:
+        the gradient of the whole batch's mean loss, but for batch-norm, which sees one part at a time.
+
+        Args:
+            batch: whole.
+            lr: a number; or fp32 (), on the device, which is read when the step runs.
+        """
+        set_lr(self.optimizer, lr)
+        # Here and not after the step: measured faster on a CPU (benchmarks/NOTES.md).
+        self.optimizer.zero_grad()
+        self.working.refresh()
+        images, device = len(batch.labels), batch.labels.device
+        sizes, losses, correct = [], [], []
+        for part in self._parts(batch):
+            size = len(part.labels)
+            scale = self._scale(None if self.accumulate_steps == 1 else size / images, device)
+            graded = self.forward(part.images_NCHW, part.labels, part.jitter, part.teacher_logits_BC, scale)
+            torch.autograd.backward(graded.root, graded.gradient)
+            self.working.collect()
+            sizes.append(size)
+            losses.append(graded.loss_sum)
+            correct.append(graded.correct)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return Tally((0,) * len(sizes), tuple(sizes), tuple(losses), tuple(correct))
+
+    def state(self) -> dict[str, Any]:
+        """All that a step changes, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave; not after a step was captured, which knows the tensors of before."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Whatever steps change inside is put back afterwards, in place."""
+        momenta = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *momenta]
+        with torch.no_grad():
+            before, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
+        yield
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        self.scaler.load_state_dict(scaler)
+        self.optimizer.zero_grad()
+
+    def _parts(self, batch: Batch) -> Sequence[Batch]:
+        bounds = part_bounds(len(batch.labels), self.accumulate_steps)
+        return [batch] if len(bounds) == 2 else [batch[begin:end] for begin, end in itertools.pairwise(bounds)]
+
+    def _scale(self, share: float | None, device: torch.device) -> Tensor | None:
+        """What the mean loss of a part, or (None) of the whole batch, counts in the gradient; None: once."""
+        if share is None and not self.scaler.is_enabled():
+            return None
+        # A tensor and not a number: compiled code has no constants then that change with the size of a part.
+        return self.scaler.scale(torch.full((), 1.0 if share is None else share, dtype=torch.float64, device=device))
+
+
+def make_learner(
+    model: nn.Module,
+    grade: Grade,
+    teacher: Teacher | None,
+    prepare: Prepare,
+    train: TrainSettings,
+    device: torch.device,
+    shapes: int = 2,
+) -> Learner:
+    """Puts a training step together.
+
+    Args:
+        model: fp32, on the device, channels-last, in train mode.
+        grade, teacher, prepare, shapes: see `make_forward`.
+        train: settings of the training.
+        device: where all of it lives.
+    """
+    working = WorkingCopy(model, DTYPES[train.precision])
+    forward = make_forward(working.network, grade, teacher, prepare, train.engine, shapes)
+    return Learner(
+        model, working, make_optimizer(model, train), make_scaler(train, device), forward, train.accumulate_steps
+    )

@@ -1,0 +1,69 @@
+"""The network as a step runs it: 16-bit copies of the weights that are multiplied, everything else shared.
+
+Autocast casts each weight on every pass and each gradient back, two operators a tensor. Here all weights are copied by
+one operator, and all gradients by another; the arithmetic is autocast's, to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What autocast runs in 16 bits. Batch-norms keep their fp32 parameters and statistics.
+MULTIPLIED = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+class WorkingCopy:
+    """A network that computes in a dtype, beside the fp32 model that it belongs to.
+
+    Args:
+        model: holds the weights that are trained; they must stay the tensors that they are, to be written in place.
+        dtype: of convolutions and linear layers; with fp32 the network is the model itself.
+
+    Attributes:
+        network: to be called with images in that dtype; its other parameters and all buffers are the model's own.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        multiplied = [module for module in model.modules() if isinstance(module, MULTIPLIED)]
+        if dtype == torch.float32:
+            multiplied = []
+        self._weights: list[Tensor] = [weight for module in multiplied for weight in module.parameters(recurse=False)]
+        self._copies: list[Tensor] = [
+            nn.Parameter(weight.detach().to(dtype), weight.requires_grad) for weight in self._weights
+        ]
+        # Where fp32 gradients stand: the same memory in every step.
+        self._gradients = [torch.zeros_like(weight) for weight in self._weights]
+        self.network = _sharing(model, self._weights, self._copies) if multiplied else model
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes over the weights, rounded."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._weights)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Adds the copies' gradients to those of the weights, in fp32, and frees them."""
+        asked = [number for number, own in enumerate(self._copies) if own.grad is not None]
+        if not asked:
+            return
+        sums = [self._gradients[number] for number in asked]
+        gradients = [own.grad for own in self._copies if own.grad is not None]
+        if self._weights[asked[0]].grad is None:
+            torch._foreach_copy_(sums, gradients)
+        else:
+            torch._foreach_add_(sums, gradients)
+        for number, sum_ in zip(asked, sums, strict=True):
+            self._weights[number].grad, self._copies[number].grad = sum_, None
+
+
+def _sharing(model: nn.Module, weights: list[Tensor], copies: list[Tensor]) -> nn.Module:
+    """A copy of the modules alone: these weights are replaced, all other tensors shared."""
+    # What deepcopy finds here counts as copied already.
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo |= {id(weight): own for weight, own in zip(weights, copies, strict=True)}
+    return copy.deepcopy(model, memo)
