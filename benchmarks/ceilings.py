@@ -104,29 +104,37 @@ class Ceilings:
     rounds: int
 
 
-def measure(device: torch.device, *, sizes: Sizes | None = None, rounds: int = 20, until: float = math.inf) -> Ceilings:
+def measure(
+    device: torch.device,
+    *,
+    sizes: Sizes | None = None,
+    precisions: Sequence[str] = tuple(DTYPES),
+    rounds: int = 20,
+    until: float = math.inf,
+) -> Ceilings:
     """Measures a device, with torch's settings as they are; `common.choose` sets those of a recipe.
 
     Args:
         device: CPU or GPU.
         sizes: None: those of SIZES.
+        precisions: of the matrix products.
         rounds: that are kept.
         until: see `time_interleaved`; the host's part of launches and replays is measured afterwards, all the same.
     """
     sizes = sizes or SIZES[device.type]
     issued = gpu_steps(device, sizes) if device.type == "cuda" else {}
-    steps = {**cpu_and_gpu_steps(device, sizes), **issued}
+    steps = {**cpu_and_gpu_steps(device, sizes, precisions), **issued}
     timings = time_interleaved(
         steps, device, rounds=rounds, steps_per_round=sizes.steps_per_round, warm_up_rounds=2, until=until
     )
     return ceilings_of(timings, time_on_host(issued, device, rounds) if issued else None, sizes)
 
 
-def cpu_and_gpu_steps(device: torch.device, sizes: Sizes) -> dict[str, Step]:
+def cpu_and_gpu_steps(device: torch.device, sizes: Sizes, precisions: Sequence[str] = tuple(DTYPES)) -> dict[str, Step]:
     """What is timed everywhere: a copy, a matrix product in each precision, a row of operators on the host."""
     generator = torch.Generator(device).manual_seed(0)
     products = {
-        name: _product(sizes.matmul_side, DTYPES[precision], generator, device) for precision, name in MATMUL.items()
+        MATMUL[precision]: _product(sizes.matmul_side, DTYPES[precision], generator, device) for precision in precisions
     }
     operators = _row_of_operators(sizes.operators, torch.device("cpu"))
     return {COPY: _copy(sizes.copy_bytes, generator, device), **products, OPERATOR: operators}
@@ -223,7 +231,11 @@ def ceilings_of(timings: Timings, on_host: Timings | None, sizes: Sizes) -> Ceil
     flops = 2 * sizes.matmul_side**3
     return Ceilings(
         copy_bytes_per_second=_rate(timings, COPY, 2 * sizes.copy_bytes),
-        matmul_flops_per_second={precision: _rate(timings, name, flops) for precision, name in MATMUL.items()},
+        matmul_flops_per_second={
+            precision: _rate(timings, name, flops)
+            for precision, name in MATMUL.items()
+            if name in timings.seconds_per_step
+        },
         operator_host_seconds=_seconds(timings, OPERATOR, sizes.operators),
         launch_host_seconds=_seconds(on_host, LAUNCH, sizes.launches) if on_host else None,
         launch_device_seconds=_seconds(timings, LAUNCH, sizes.launches) if on_host else None,

@@ -117,6 +117,14 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(median), float(low), float(high))
 
 
+def columns(name: str, value: Spread | None, digits: int) -> dict[str, float | None]:
+    """A spread as three columns of a row; empty where it is None."""
+    if value is None:
+        return {f"{name}_median": None, f"{name}_q25": None, f"{name}_q75": None}
+    median, low, high = (round(number, digits) for number in (value.median, value.low, value.high))
+    return {f"{name}_median": median, f"{name}_q25": low, f"{name}_q75": high}
+
+
 def time_interleaved(
     steps: Mapping[str, Step],
     device: torch.device,

@@ -213,9 +213,9 @@ def _measure_speed(size: Size, device: torch.device, results: Path, deadline: fl
             print(f"NOT MEASURED  speed, {precision}: the time is up")
             continue
         case = Case(size.model, size.batch_size, precision, size.facts, split, device)
-        timings = step.measure(case, rounds=size.rounds, steps_per_round=size.steps_per_round, until=deadline)
-        step.report(case, timings)
-        append_rows(results / "step.csv", step.result_rows(case, timings, size.steps_per_round, "random"))
+        measured = step.measure(case, rounds=size.rounds, steps_per_round=size.steps_per_round, until=deadline)
+        step.report(measured)
+        append_rows(results / "step.csv", step.result_rows(measured, size.steps_per_round, "random"))
         yield Outcome(f"speed, {precision}: candidates whose loss was not finite", 0, 0)
 
 

@@ -11,7 +11,7 @@ from PIL import features
 from rich import box
 from rich.table import Table
 
-from benchmarks.common import Spread, Timings, spread
+from benchmarks.common import Spread, Timings, columns, spread
 from benchmarks.loaders_cases import FOLDER_NAME, JPEG, STORED, Bench, Case, Measured, Memory, case_key
 from fastgen.tables import print_table
 
@@ -77,24 +77,17 @@ def _case_columns(
         "stored": STORED[case.candidate.stored],
         "workers": case.workers,
         "rounds": measured.wall.rounds,
-        **_columns("images_per_second", speed, 1),
-        **_columns("cpu_seconds_per_1000_images", cost, 4),
-        **_columns("cores_used", cores_used(measured, case), 3),
+        **columns("images_per_second", speed, 1),
+        **columns("cpu_seconds_per_1000_images", cost, 4),
+        **columns("cores_used", cores_used(measured, case), 3),
         "peak_memory_mb": None if found is None else round(found.peak_mb),
         "of_it_mapped_files_mb": None if found is None else round(found.mapped_mb),
         "peak_memory_of_a_worker_mb": None if found is None or found.worker_mb is None else round(found.worker_mb),
     }
     for column in RATIOS:
-        row |= _columns(f"speed_over_{column}", ratio(measured.wall, case, column), 4)
-        row |= _columns(f"images_per_cpu_second_over_{column}", ratio(measured.cpu, case, column), 4)
+        row |= columns(f"speed_over_{column}", ratio(measured.wall, case, column), 4)
+        row |= columns(f"images_per_cpu_second_over_{column}", ratio(measured.cpu, case, column), 4)
     return row
-
-
-def _columns(name: str, value: Spread | None, digits: int) -> dict[str, float | None]:
-    if value is None:
-        return {f"{name}_median": None, f"{name}_q25": None, f"{name}_q75": None}
-    median, low, high = (round(number, digits) for number in (value.median, value.low, value.high))
-    return {f"{name}_median": median, f"{name}_q25": low, f"{name}_q75": high}
 
 
 def _photograph_facts(bench: Bench) -> dict[str, int | float]:

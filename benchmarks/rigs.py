@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,10 +17,12 @@ from fastgen.augment import Normaliser
 from fastgen.config import TrainSettings
 from fastgen.crops import ShiftCrop
 from fastgen.data.batch import Batch, Loader
-from fastgen.data.facts import Facts
+from fastgen.data.cifar import read_cifar
+from fastgen.data.facts import DATASETS, Facts
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.engines import Engine, Plant, make_engine
+from fastgen.errors import UserError
 from fastgen.grade import make_grade
 from fastgen.laws import eta_for_confidence
 from fastgen.learner import make_learner
@@ -27,6 +30,7 @@ from fastgen.meters import Meter, Tally
 from fastgen.models import build_model, initialise
 from fastgen.models.norm_act import fuse_norm_act
 from fastgen.plan import Objective
+from fastgen.rules import PHOTO_MODELS
 from fastgen.step import DTYPES, EngineName, make_prepare
 from fastgen.supply import Supply
 from fastgen.teacher import Teacher, make_teacher
@@ -58,6 +62,14 @@ FUSED_WAYS = tuple(Way(engine, "triton", batchnorm) for engine in ENGINES for ba
 PATRIARCH = Objective(eta=eta_for_confidence(0.6, 5), k=5)
 STUDENT = Objective(teacher_weight=0.6)
 LR = 0.1
+
+IMAGENET = DATASETS["imagenet"]
+# Squares of one size in memory, as a loader of photographs would make them.
+PHOTOS = Facts(1000, 3, 224, 224, 0, 0, 0, True, IMAGENET.mean, IMAGENET.std)
+# Batches that an epoch's length is a multiple of: of a graph's steps and of a look ahead.
+GROUP = 8
+# Groups in an epoch: enough that the views of an epoch, which are drawn at its start, do not count.
+GROUPS, GROUPS_OF_PHOTOS = 4, 1
 
 
 @dataclass(frozen=True)
@@ -264,6 +276,39 @@ def ways_on(device: torch.device) -> tuple[Way, ...]:
 def timed_ways(device: torch.device) -> tuple[Way, ...]:
     """Those whose time says something: a graph that is not captured is only another order of the same work."""
     return tuple(way for way in ways_on(device) if device.type == "cuda" or way.engine != "graph")
+
+
+def case_of(
+    model: str,
+    batch_size: int,
+    precision: Precision,
+    device: torch.device,
+    images_from: Path | None,
+    groups: int = GROUPS,
+) -> tuple[Case, str]:
+    """The case of a network, and what its images are: `cifar100` or `random`. Their number is a multiple of 8 batches.
+
+    Args:
+        images_from: folder above the official CIFAR-100 files; None: random images.
+        groups: of 8 batches, at most; of photographs there are GROUPS_OF_PHOTOS.
+
+    Raises:
+        UserError: a folder of CIFAR-100 for a network of photographs, or too large a batch for it.
+    """
+    photos = model in PHOTO_MODELS
+    facts = PHOTOS if photos else DATASETS["cifar100"]
+    group = batch_size * GROUP
+    if images_from is None:
+        split = random_split(facts, group * (GROUPS_OF_PHOTOS if photos else groups))
+        return Case(model, batch_size, precision, facts, split, device), "random"
+    if photos:
+        raise UserError(f"--images_from holds pictures of 32 pixels, {model} is for 224: leave it out")
+    whole = read_cifar("cifar100", images_from)[0]
+    count = group * min(groups, len(whole) // group)
+    if not count:
+        raise UserError(f"--batch_size={batch_size}: {GROUP} of them are more than the {len(whole)} images")
+    # They are in no order: the first are as good as any.
+    return Case(model, batch_size, precision, facts, whole.at(np.arange(count)), device), "cifar100"
 
 
 def random_split(facts: Facts, count: int, seed: int = 0) -> Split:

@@ -18,12 +18,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich import box
 from rich.table import Table
@@ -38,6 +37,7 @@ from benchmarks.common import (
     Timings,
     append_rows,
     choose,
+    columns,
     facts_line,
     machine_facts,
     positive_minutes,
@@ -49,23 +49,20 @@ from benchmarks.rigs import (
     PATRIARCH,
     STUDENT,
     Case,
-    Precision,
     Rig,
     calibrate,
+    case_of,
     endless_batches,
     fresh_network,
     hush_compiler,
     make_rig,
-    random_split,
     rig_of,
     supply_of,
 )
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.data.batch import Loader
-from fastgen.data.cifar import read_cifar
-from fastgen.data.facts import DATASETS, Facts
 from fastgen.data.resident import ResidentLoader
-from fastgen.errors import UserError, command
+from fastgen.errors import command
 from fastgen.labels import LabelTable, TableKind
 from fastgen.lessons import LookAhead, TableLoader
 from fastgen.models import MODELS
@@ -85,13 +82,6 @@ ENGINES: dict[str, tuple[TeacherEngine, int]] = {
 }
 VARIANTS = (EAGER, *ENGINES, TABLE)
 PATRIARCH_STEP = "patriarch"
-
-PHOTO_MODELS = ("resnet18", "resnet34", "resnet50")
-IMAGENET = DATASETS["imagenet"]
-# Squares of one size in memory, as a loader of photographs would make them.
-PHOTOS = Facts(1000, 3, 224, 224, 0, 0, 0, True, IMAGENET.mean, IMAGENET.std)
-# Look-ahead groups in an epoch: enough that the views of an epoch, which are drawn at its start, do not count.
-GROUPS, GROUPS_OF_PHOTOS = 4, 1
 
 FLOOR_MODEL, FLOOR_VARIANT, FLOOR_OVERHEAD = "resnet18", "fused", 0.22
 
@@ -139,30 +129,6 @@ class Measured:
         """How much longer the student's step takes than the patriarch's, as a share of that; round by round."""
         pairs = zip(self.steps.seconds_per_step[PATRIARCH_STEP], self.steps.seconds_per_step[name], strict=True)
         return spread([student / patriarch - 1 for patriarch, student in pairs])
-
-
-def make_case(
-    model: str, batch_size: int, precision: Precision, device: torch.device, images_from: Path | None
-) -> tuple[Case, str]:
-    """The case, and what its images are: `cifar100` or `random`. Their number is a multiple of AHEAD batches.
-
-    Raises:
-        UserError: a folder of CIFAR-100 for a network of photographs, or too large a batch for it.
-    """
-    photos = model in PHOTO_MODELS
-    facts = PHOTOS if photos else DATASETS["cifar100"]
-    group = batch_size * AHEAD
-    if images_from is None:
-        split = random_split(facts, group * (GROUPS_OF_PHOTOS if photos else GROUPS))
-        return Case(model, batch_size, precision, facts, split, device), "random"
-    if photos:
-        raise UserError(f"--images_from holds pictures of 32 pixels, {model} is for 224: leave it out")
-    whole = read_cifar("cifar100", images_from)[0]
-    count = group * min(GROUPS, len(whole) // group)
-    if not count:
-        raise UserError(f"--batch_size={batch_size}: {AHEAD} of them are more than the {len(whole)} images")
-    # They are in no order: the first are as good as any.
-    return Case(model, batch_size, precision, facts, whole.at(np.arange(count)), device), "cifar100"
 
 
 def measure(case: Case, names: Sequence[str], *, rounds: int, until: float = math.inf) -> Measured:
@@ -360,19 +326,12 @@ def result_rows(measured: Measured, images: str) -> list[dict[str, Any]]:
             "patriarch_ms_per_step": round(measured.steps.ms_per_step(PATRIARCH_STEP).median, 4),
             "student_ms_per_step": round(measured.steps.ms_per_step(one.name).median, 4),
             "teacher_images_per_second": round(measured.images_per_second(one.name), 1),
-            **_columns("speed_over_eager", measured.alone.speed_ratio(one.name, EAGER)),
-            **_columns("overhead", measured.overhead(one.name)),
+            **columns("speed_over_eager", measured.alone.speed_ratio(one.name, EAGER), 4),
+            **columns("overhead", measured.overhead(one.name), 4),
             "max_kl_nats": one.max_kl_nats,
         }
         for one in measured.asked
     ]
-
-
-def _columns(name: str, value: Spread) -> Mapping[str, float]:
-    return {
-        f"{name}_{part}": round(number, 4)
-        for part, number in (("median", value.median), ("q25", value.low), ("q75", value.high))
-    }
 
 
 def main(words: Sequence[str]) -> None:
@@ -383,7 +342,7 @@ def main(words: Sequence[str]) -> None:
         print("not measured (no GPU)")
         return
     hush_compiler()
-    case, images = make_case(arguments.model, arguments.batch_size, arguments.precision, device, arguments.images_from)
+    case, images = case_of(arguments.model, arguments.batch_size, arguments.precision, device, arguments.images_from)
     names = [name for name in VARIANTS if name == EAGER or name in (arguments.only or VARIANTS)]
     print(facts_line(device))
     until = time.monotonic() + 60 * arguments.minutes

@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import tiny_recipe
 
-from benchmarks import checks, common, gpu_check, queue, step
+from benchmarks import ceilings, checks, common, gpu_check, queue, rigs, step
 from fastgen import losses
 from fastgen.checkpoint import read_weights
 from fastgen.errors import UserError, command
@@ -56,8 +56,34 @@ def test_rows_are_appended_under_one_header(tmp_path):
 def test_floors_are_told_as_missed_or_met():
     seconds = {"bare": 1.0, "eager patriarch": 1.1, "compile patriarch": 0.8, "eager student": 1.3}
     timings = common.Timings({name: (value,) * 3 for name, value in {**seconds, "compile student": 1.1}.items()})
-    verdicts = [line.split()[-1] for line in step.floor_lines(timings)]
+    verdicts = [line.split()[-1] for line in step.floor_lines(step.Measured(None, timings, {}))]
     assert verdicts == ["MISSED", "met", "met", "MISSED"]
+
+
+def test_a_candidate_stands_beside_those_of_its_role():
+    seconds = {"bare": 1.0, "bare student": 2.0, "timm": 0.5, "timm student": 1.0, "eager patriarch": 0.25}
+    timings = common.Timings({name: (value,) * 3 for name, value in {**seconds, "eager student": 0.5}.items()})
+    case = rigs.Case("resnet8", 10, "fp32", None, None, CPU)
+    roofs = {"patriarch": step.Roof(0.1, 100, 1000), "student": step.Roof(0.2, 150, 1000)}
+    measured = step.Measured(case, timings, roofs)
+    assert [measured.over_bare(name).median for name in measured.names] == [1, 0.5, 2, 1, 4, 2]
+    assert [measured.over_bare_of_role(name).median for name in measured.names] == [1, 1, 2, 2, 4, 4]
+    over_patriarch = [measured.over_patriarch(name) for name in measured.names]
+    assert [ratio and ratio.median for ratio in over_patriarch] == [None, 0.5, None, 0.5, None, 0.5]
+    assert measured.images_per_second("eager student") == 20
+    assert measured.roof("timm student").mfu(measured.seconds("timm student")) == pytest.approx(0.15)
+    assert measured.roof("eager patriarch").share_of_roofline(0.25) == pytest.approx(0.4)
+
+
+def test_the_roof_of_a_student_holds_its_teacher():
+    case, _ = rigs.case_of("resnet20", 8, "bf16", CPU, None, groups=1)
+    rates = common.Spread(1e9, 1e9, 1e9), {"bf16": common.Spread(1e11, 1e11, 1e11)}
+    ceilings_ = ceilings.Ceilings(*rates, common.Spread(0, 0, 0), None, None, None, None, ceilings.SIZES["cpu"], 1)
+    patriarch, student = (step.roof_of(case, ceilings_, teacher=teacher) for teacher in (False, True))
+    # Forward and backward, and another forward pass; the stem passes no gradient on.
+    assert student.flops / patriarch.flops == pytest.approx(4 / 3, rel=0.01)
+    assert patriarch.flops == pytest.approx(8 * 3 * 2 * 41e6, rel=0.03)
+    assert student.floor_seconds > patriarch.floor_seconds > patriarch.flops / 1e11
 
 
 @pytest.mark.parametrize("module", [step, gpu_check, queue])
