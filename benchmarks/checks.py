@@ -53,12 +53,14 @@ class Outcome:
         error: what was measured.
         tolerance: the largest error that passes.
         where: the case in which the error stood highest beside its tolerance.
+        of: what a way to run a step must have passed for this, see `verdicts.needed`; empty: all of them.
     """
 
     name: str
     error: float
     tolerance: float
     where: str = ""
+    of: str = ""
 
     @property
     def passed(self) -> bool:

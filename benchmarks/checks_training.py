@@ -6,16 +6,18 @@ import contextlib
 import io
 import itertools
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
 from benchmarks.checks import Outcome, full_fp32
-from benchmarks.rigs import PATRIARCH, STUDENT, Case, Precision, make_rig, ways_on
+from benchmarks.rigs import PATRIARCH, STUDENT, Case, Precision, Way, make_rig, ways_on
+from benchmarks.verdicts import agrees, learns, resumes
 from fastgen import train
 from fastgen.checkpoint import read_weights
 from fastgen.data.cifar import LAYOUTS, PIXELS
@@ -25,7 +27,6 @@ from fastgen.data.split import Split
 from fastgen.errors import Stopped
 from fastgen.meters import Tally
 from fastgen.plan import Objective
-from fastgen.step import EngineName
 from fastgen.trainer import Training
 
 OBJECTIVES = {"patriarch": PATRIARCH, "student": STUDENT}
@@ -41,6 +42,10 @@ AGREE_STEPS = 20
 # shows as 6e-4 or more.
 AGREE_LR = 0.001
 AGREE_RELATIVE = 1e-4
+CURVE_SEEDS, CURVE_STEPS, CURVE_WINDOW = 5, 60, 10
+
+# Of each step, fp64.
+Losses = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def memorisable_split(facts: Facts, count: int, seed: int) -> Split:
@@ -54,37 +59,61 @@ def memorisable_split(facts: Facts, count: int, seed: int) -> Split:
     return Split(pixels, labels, np.arange(count, dtype=np.int64))
 
 
-def check_engines(case: Case, ways: Sequence[tuple[EngineName, Precision]]) -> Iterator[Outcome]:
-    """Each engine in each precision learns, as patriarch and as student; then the engines beside each other in fp32."""
-    for engine, precision in ways:
+def check_engines(case: Case, ways: Sequence[tuple[Way, Precision]]) -> Iterator[Outcome]:
+    """Each way in each precision learns, as patriarch and as student; then the ways beside each other."""
+    for way, precision in ways:
         # Dynamo falls back to eager past a number of compilations of one function: begin anew.
         torch.compiler.reset()
         for role, objective in OBJECTIVES.items():
-            losses = _losses(replace(case, precision=precision), engine, objective, LEARN_STEPS, LEARN_LR)
-            name = f"{engine} {role}, {precision}: loss at the end over the start"
-            yield Outcome(name, _fall(losses), LEARN_LOSS_RATIO, f"{losses[0]:.3f} to {losses[-1]:.3f}")
+            losses = _losses(replace(case, precision=precision), way, objective, LEARN_STEPS, LEARN_LR)
+            name = f"{way.name} {role}, {precision}: loss at the end over the start"
+            where = f"{losses[0]:.3f} to {losses[-1]:.3f}"
+            yield Outcome(name, _fall(losses), LEARN_LOSS_RATIO, where, learns(way, precision))
     yield from _check_agreement(case)
+    yield from _check_curves(case, dict.fromkeys(way for way, _ in ways))
 
 
 def _check_agreement(case: Case) -> Iterator[Outcome]:
-    """Every way to run a step beside plain PyTorch, eager: the same losses."""
+    """Every way to run a step beside plain PyTorch, eager: the same losses, step for step."""
     torch.compiler.reset()
     case = replace(case, precision="fp32")
     with full_fp32():
         for role, objective in OBJECTIVES.items():
-            eager = _losses(case, "eager", objective, AGREE_STEPS, AGREE_LR)
+            eager = _losses(case, Way("eager"), objective, AGREE_STEPS, AGREE_LR)
             for way in ways_on(case.device)[1:]:
-                found = _losses(case.run_by(way), way.engine, objective, AGREE_STEPS, AGREE_LR)
+                found = _losses(case, way, objective, AGREE_STEPS, AGREE_LR)
                 error = float(np.max(np.abs(found - eager) / np.abs(eager)))
-                yield Outcome(f"{way.name} {role} beside eager, fp32: relative loss", error, AGREE_RELATIVE)
+                name = f"{way.name} {role} beside eager, fp32: relative loss"
+                yield Outcome(name, error, AGREE_RELATIVE, of=agrees(way))
 
 
-def _losses(
-    case: Case, engine: EngineName, objective: Objective, steps: int, lr: float
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _check_curves(case: Case, ways: Iterable[Way]) -> Iterator[Outcome]:
+    """Whole loss curves, at a rate that learns: a way stays as near to eager as other initial weights do.
+
+    Rounding grows into other weights there, so two ways part, as five seeds do; what one of them did wrong would part
+    them further. Losses are means over windows of steps.
+    """
+    torch.compiler.reset()
+    for role, objective in OBJECTIVES.items():
+        eager = np.stack([_curve(case, Way("eager"), objective, seed) for seed in range(CURVE_SEEDS)])
+        spread = np.ptp(eager, axis=0)
+        for way in ways:
+            if way == Way("eager"):
+                continue
+            error = float(np.max(np.abs(_curve(case, way, objective, 0) - eager[0]) / spread))
+            yield Outcome(f"{way.name} {role}: loss curve off, over the spread of seeds", error, 1.0, of=agrees(way))
+
+
+def _curve(case: Case, way: Way, objective: Objective, init_seed: int) -> Losses:
+    losses = _losses(case, way, objective, CURVE_STEPS, LEARN_LR, init_seed)
+    return losses.reshape(-1, CURVE_WINDOW).mean(axis=1)
+
+
+def _losses(case: Case, way: Way, objective: Objective, steps: int, lr: float, init_seed: int = 0) -> Losses:
     """Loss of each step, fp64; epochs are whole, with their smaller last batch."""
+    case = case.run_by(way)
     loader = ResidentLoader(case.split, case.facts.pad_px, case.device, case.kernels == "triton")
-    rig = make_rig(case, engine, objective, loader, lr=lr, whole_epochs=True)
+    rig = make_rig(case, way.engine, objective, loader, lr=lr, init_seed=init_seed, whole_epochs=True)
     found: list[float] = []
     while len(found) < steps:
         tally = next(rig.tallies)
@@ -96,7 +125,7 @@ def _values(tally: Tally) -> list[float]:
     return [value for values in tally.loss_sums for value in values.reshape(-1).tolist()]
 
 
-def _fall(losses: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+def _fall(losses: Losses) -> float:
     """Mean of the last five over mean of the first five; not a number where any loss is not finite."""
     if not np.isfinite(losses).all():
         return float("nan")
@@ -118,7 +147,7 @@ def write_random_cifar100(root: Path, seed: int) -> None:
 
 
 def check_resume(
-    folder: Path, seed: int, device: torch.device, model: str, ways: Sequence[tuple[EngineName, Precision]]
+    folder: Path, seed: int, device: torch.device, model: str, ways: Sequence[tuple[Way, Precision]]
 ) -> Iterator[Outcome]:
     """The command itself, stopped by SIGTERM in both generations and taken up again, beside one that was left alone.
 
@@ -127,26 +156,27 @@ def check_resume(
         seed: of the pixels.
         device: where it trains, in torch's deterministic mode.
         model: name of the network.
-        ways: engine and precision of each pair of runs.
+        ways: and precision of each pair of runs.
     """
     write_random_cifar100(folder / "data", seed)
     recipe = folder / "resume.yaml"
     recipe.write_text(_resume_recipe(model))
-    for engine, precision in ways:
+    for way, precision in ways:
         torch.compiler.reset()
         words = [
-            "--cfg", str(recipe), f"--data.root={folder / 'data'}", f"--train.engine={engine}",
-            f"--train.precision={precision}", f"--run.device={device.type}",
+            "--cfg", str(recipe), f"--data.root={folder / 'data'}", *way.words, f"--train.precision={precision}",
+            f"--run.device={device.type}",
         ]  # fmt: skip
-        home = folder / f"{engine}-{precision}"
+        home = folder / f"{way.name}-{precision}"
         with _determinism_restored():
             _train([*words, f"--run.dir={home / 'whole' / 'run'}"])
             stopped_words = [*words, f"--run.dir={home / 'stopped' / 'run'}"]
             stops = [_train(stopped_words, stop_after_steps=steps) for steps in (3, RESUME_STEPS - 3 + 2)]
             _train(stopped_words)
-        yield Outcome(f"resume, {engine}, {precision}: stops that did not stop", stops.count(False), 0)
+        of = resumes(way, precision)
+        yield Outcome(f"resume, {way.name}, {precision}: stops that did not stop", stops.count(False), 0, of=of)
         differing, tensors = _differing(home / "whole" / "run", home / "stopped" / "run")
-        yield Outcome(f"resume, {engine}, {precision}: tensors that differ", differing, 0, f"of {tensors}")
+        yield Outcome(f"resume, {way.name}, {precision}: tensors that differ", differing, 0, f"of {tensors}", of)
 
 
 RESUME_EPOCHS, RESUME_IMAGES, RESUME_BATCH = 2, 200, 32
@@ -158,7 +188,7 @@ def _resume_recipe(model: str) -> str:
     return f"""\
 data: {{dataset: cifar100, train_limit: {RESUME_IMAGES}, val_limit: 100}}
 model: {{name: {model}}}
-train: {{epochs: {RESUME_EPOCHS}, batch_size: {RESUME_BATCH}}}
+train: {{epochs: {RESUME_EPOCHS}, batch_size: {RESUME_BATCH}, graph_steps: 2}}
 gen: {{generations: 1}}
 run: {{deterministic: true, eval_every_epochs: 1}}
 """

@@ -10,13 +10,14 @@ printed. Each check is one line, PASS or FAIL; a failed one makes the exit code 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,20 @@ from benchmarks.checks import (
     check_views,
 )
 from benchmarks.checks_training import check_engines, check_resume, memorisable_split
-from benchmarks.common import RESULTS, FloorMissed, append_rows, choose, facts_line, positive_minutes
-from benchmarks.rigs import ENGINES, Case, Precision, hush_compiler, random_split
+from benchmarks.common import RESULTS, FloorMissed, Timings, append_rows, choose, facts_line, positive_minutes
+from benchmarks.rigs import PLAIN_WAYS, Case, Precision, Way, hush_compiler, random_split
+from benchmarks.verdicts import BATCHNORM, KERNELS, verdict_rows
+from benchmarks.verdicts import FILE as VERDICTS
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.data.facts import DATASETS, Facts
 from fastgen.errors import FastgenError, Stopped, command
 from fastgen.kernels.runtime import interpreted
-from fastgen.step import EngineName
 
 # Not square and of an odd width, so that a mix-up of the axes shows.
 SMALL_FACTS = Facts(10, 3, 12, 9, 0, 0, 2, True, (0.5, 0.4, 0.3), (0.25, 0.3, 0.2))
 
 
-Way = tuple[EngineName, Precision]
+Ways = tuple[tuple[Way, Precision], ...]
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Size:
         batch_size: images in a step.
         images: in the set.
         class_counts, batches: of the logits that the losses are given.
-        learn: engines and precisions that shall learn.
-        resume: engines and precisions of the runs that are stopped and resumed.
+        learn: ways and precisions that shall learn.
+        resume: ways and precisions of the runs that are stopped and resumed.
         speed: precisions that are timed, in order of worth.
         rounds, steps_per_round: of the timing.
     """
@@ -74,12 +76,15 @@ class Size:
     images: int
     class_counts: tuple[int, ...]
     batches: tuple[int, ...]
-    learn: tuple[Way, ...]
-    resume: tuple[Way, ...]
+    learn: Ways
+    resume: Ways
     speed: tuple[Precision, ...]
     rounds: int
     steps_per_round: int
 
+
+# Whole steps as CUDA graphs, every kernel in use.
+GRAPH_OF_KERNELS = Way("graph", "triton", "triton")
 
 FULL = Size(
     # The shapes that are timed as well: what is compiled for one is found again for the other.
@@ -89,11 +94,15 @@ FULL = Size(
     images=1000,
     class_counts=CLASSES,
     batches=BATCHES,
-    learn=tuple(itertools.product(ENGINES, PRECISIONS)),
-    resume=(("eager", "fp32"), ("eager", "bf16"), ("eager", "fp16"), ("compile", "bf16")),
+    learn=(*itertools.product(PLAIN_WAYS, PRECISIONS), *itertools.product((GRAPH_OF_KERNELS,), PRECISIONS)),
+    resume=(
+        *itertools.product((Way("eager"), Way("graph"), GRAPH_OF_KERNELS), PRECISIONS),
+        (Way("compile"), "bf16"),
+    ),
     speed=("bf16", "fp16", "fp32"),
     rounds=20,
-    steps_per_round=20,
+    # Graphs hold 8 steps.
+    steps_per_round=24,
 )
 # Compilation takes most of the time on a CPU: it is done for one precision there.
 SMALL = Size(
@@ -103,8 +112,8 @@ SMALL = Size(
     images=72,
     class_counts=SMALL_CLASSES,
     batches=SMALL_BATCHES,
-    learn=(*itertools.product(ENGINES[:1], PRECISIONS), ("compile", "fp32")),
-    resume=(("eager", "fp32"),),
+    learn=(*itertools.product(PLAIN_WAYS[:1], PRECISIONS), (Way("compile"), "fp32"), (Way("graph"), "fp32")),
+    resume=((Way("eager"), "fp32"), (Way("graph"), "fp32")),
     speed=("fp32",),
     rounds=2,
     steps_per_round=4,
@@ -133,16 +142,31 @@ def main(words: Sequence[str]) -> None:
     size = FULL if device.type == "cuda" else SMALL
     print(facts_line(device))
     print(f"seed {seed}")
+    speeds: dict[Precision, Timings] = {}
     with tempfile.TemporaryDirectory() as folder:
-        groups = _groups(size, device, seed, Path(folder), arguments.results, deadline)
+        groups = _groups(size, device, seed, Path(folder), arguments.results, deadline, speeds)
         chosen = {name: check for name, check in groups.items() if name in (arguments.only or groups)}
-        _run(chosen, deadline)
+        outcomes, failed = _run(chosen, deadline)
+    rows = verdict_rows(outcomes, speeds, device, "full" if size is FULL else "small")
+    append_rows(arguments.results / VERDICTS, rows)
+    for row in rows:
+        way = Way(row["engine"], row["kernels"], row["batchnorm"])
+        print(f"{way.name}, {row['precision']}: {'may' if row['passed'] else 'may not'} be used by benchmarks.queue")
+    if failed:
+        raise ChecksFailed(f"{len(failed)} failed beside {len(outcomes)} checks that ran: {'; '.join(failed)}")
+    print(f"all {len(outcomes)} checks passed")
 
 
 def _groups(
-    size: Size, device: torch.device, seed: int, folder: Path, results: Path, deadline: float
+    size: Size,
+    device: torch.device,
+    seed: int,
+    folder: Path,
+    results: Path,
+    deadline: float,
+    speeds: dict[Precision, Timings],
 ) -> dict[str, Check]:
-    """The checks by name, in the order of their worth."""
+    """The checks by name, in the order of their worth; what is timed goes into `speeds`."""
     split = memorisable_split(size.facts, size.images, seed)
     case = Case(size.model, size.batch_size, "fp32", size.facts, split, device)
     return {
@@ -154,7 +178,7 @@ def _groups(
         "labels": lambda: checks_fused.check_labels(case, folder / "labels"),
         "resume": lambda: check_resume(folder, seed, device, size.model, size.resume),
         "engines": lambda: check_engines(case, size.learn),
-        "speed": lambda: _measure_speed(size, device, results, deadline),
+        "speed": lambda: _measure_speed(size, device, results, deadline, speeds),
         "tables": lambda: _print_tables(device, results, deadline),
     }
 
@@ -168,21 +192,26 @@ def _check_kernels(case: Case, seed: int, size: Size) -> Iterator[Outcome]:
     kernel_sizes = size.class_counts, size.batches
     if on_gpu:
         kernel_sizes = checks_kernels.KERNEL_CLASSES, checks_kernels.KERNEL_BATCHES
-        yield from checks_fused.check_capture(case)
-    yield from checks_kernels.check_loss_kernels(case.device, seed, *kernel_sizes)
-    yield from check_views(case, kernels=True)
-    yield from checks_fused.check_normalised_views(case)
+    of_kernels = itertools.chain(
+        checks_fused.check_capture(case) if on_gpu else (),
+        checks_kernels.check_loss_kernels(case.device, seed, *kernel_sizes),
+        check_views(case, kernels=True),
+        checks_fused.check_normalised_views(case),
+    )
+    yield from (replace(outcome, of=KERNELS) for outcome in of_kernels)
     shapes = checks_fused.BATCHNORM_SHAPES if on_gpu else checks_fused.SMALL_BATCHNORM_SHAPES
-    yield from checks_fused.check_batchnorm(case.device, seed, shapes)
+    found = checks_fused.check_batchnorm(case.device, seed, shapes)
+    yield from (replace(outcome, of=BATCHNORM) for outcome in found)
 
 
-def _run(groups: dict[str, Check], deadline: float) -> None:
+def _run(groups: dict[str, Check], deadline: float) -> tuple[list[Outcome], list[str]]:
     """Runs the groups one after the other; one that breaks counts as failed, and the next still runs.
 
-    Raises:
-        ChecksFailed: at least one check did not pass, broke, or found no time.
+    Returns:
+        all outcomes, and what did not pass, broke, or found no time.
     """
-    count, failed = 0, []
+    outcomes: list[Outcome] = []
+    failed: list[str] = []
     for name, check in groups.items():
         if time.monotonic() > deadline:
             print(f"NOT RUN  {name}: the time is up; give more --minutes")
@@ -192,20 +221,22 @@ def _run(groups: dict[str, Check], deadline: float) -> None:
         try:
             for outcome in check():
                 print(outcome.line(), flush=True)
-                count += 1
+                outcomes.append(outcome)
                 failed += [] if outcome.passed else [outcome.name]
         except Stopped:
             raise
         except Exception:  # noqa: BLE001 (told in full, and counted as failed)
             print(f"FAIL  {name}: broke off\n{traceback.format_exc()}", flush=True)
             failed.append(f"{name} (broke off)")
+            # Of all ways: nobody knows what else it would have shown.
+            outcomes.append(Outcome(f"{name} broke off", math.nan, 0))
         print(f"      {name}: {time.monotonic() - start:.1f} s", flush=True)
-    if failed:
-        raise ChecksFailed(f"{len(failed)} failed beside {count} checks that ran: {'; '.join(failed)}")
-    print(f"all {count} checks passed")
+    return outcomes, failed
 
 
-def _measure_speed(size: Size, device: torch.device, results: Path, deadline: float) -> Iterator[Outcome]:
+def _measure_speed(
+    size: Size, device: torch.device, results: Path, deadline: float, speeds: dict[Precision, Timings]
+) -> Iterator[Outcome]:
     """Times each engine beside the bare loop; a check only in that every loss is finite."""
     split = random_split(size.facts, max(size.images, size.facts.train_images))
     for precision in size.speed:
@@ -215,6 +246,7 @@ def _measure_speed(size: Size, device: torch.device, results: Path, deadline: fl
         case = Case(size.model, size.batch_size, precision, size.facts, split, device)
         measured = step.measure(case, rounds=size.rounds, steps_per_round=size.steps_per_round, until=deadline)
         step.report(measured)
+        speeds[precision] = measured.timings
         append_rows(results / "step.csv", step.result_rows(measured, size.steps_per_round, "random"))
         yield Outcome(f"speed, {precision}: candidates whose loss was not finite", 0, 0)
 

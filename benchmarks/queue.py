@@ -7,6 +7,10 @@ Each entry of queue.yaml is a run of `fastgen.train` in a process of its own. Wh
 up it is stopped by SIGTERM: it saves and ends, and a later call goes on there. What is done is read
 off the run folders under --out and nowhere else, so carrying that folder carries the progress. The
 rows of a finished run are appended to results/queue.csv, once.
+
+Steps are run by the fastest way that has passed `gpu_check` on a device of this name with this torch
+(results/verdicts.csv), told for each entry; where none has, as the recipe says. The way is part of what
+decides the weights: an entry that was begun goes on as it was begun.
 """
 
 from __future__ import annotations
@@ -23,12 +27,15 @@ from typing import Any
 import yaml
 
 from benchmarks.common import RESULTS, ROOT, append_rows, positive_minutes, read_rows
+from benchmarks.rigs import Way
+from benchmarks.verdicts import fastest
 from fastgen.arguments import Arguments
 from fastgen.checkpoint import load_checkpoint
 from fastgen.config import Recipe, hash_of
+from fastgen.device import choose_device
 from fastgen.errors import FastgenError, UserError, command
 from fastgen.nodes import Node, read_json
-from fastgen.recipe import read_recipe
+from fastgen.recipe import load_text, read_recipe
 from fastgen.stop import StopRequest
 
 QUEUE = ROOT / "benchmarks" / "queue.yaml"
@@ -58,14 +65,19 @@ class Entry:
         changed = f"-{hash_of(dict(self.overrides))[:6]}" if self.overrides else ""
         return f"{Path(self.recipe).stem}-seed{self.seed}{changed}"
 
-    def words(self, data_root: Path, out: Path) -> list[str]:
-        """Command line of `fastgen.train`."""
+    def words(self, data_root: Path, out: Path, way: Way | None = None) -> list[str]:
+        """Command line of `fastgen.train`.
+
+        Args:
+            data_root, out: data.root, and the folder of runs and nodes.
+            way: how steps are run, where the entry does not say so itself; None: as the recipe says.
+        """
         settings = {
             "run.dir": str(out.resolve() / self.name),
             "run.nodes": str(out.resolve() / "nodes"),
             "run.seed": str(self.seed),
             "data.root": str(data_root.resolve()),
-            "train.engine": "eager",
+            **({} if way is None else {f"train.{name}": value for name, value in way._asdict().items()}),
             **self.overrides,
         }
         return [f"--cfg={ROOT / self.recipe}", *(f"--{key}={value}" for key, value in settings.items())]
@@ -160,7 +172,8 @@ def take_pieces(experiments: Sequence[Experiment], seconds: float, results: Path
         for experiment in experiments:
             # Also of those that were done before: a kill may have come between a run's end and its rows.
             if not experiment.done and time.monotonic() < deadline and not stop.requested:
-                print(f"{experiment.entry.name}: {experiment.state()}", flush=True)
+                way = Way(*(getattr(experiment.recipe.train, name) for name in Way._fields))
+                print(f"{experiment.entry.name}: {experiment.state()}, by {way.name}", flush=True)
                 code = _train(experiment, deadline, stop)
                 print(f"{experiment.entry.name}: {experiment.state()}", flush=True)
                 if code != 0 and code not in STOPPED_CODES:
@@ -269,7 +282,23 @@ def main(words: Sequence[str]) -> None:
 
 def _experiment(entry: Entry, arguments: Any) -> Experiment:
     words = entry.words(arguments.data_root, arguments.out)
-    return Experiment(entry, read_recipe(words), tuple(words))
+    recipe = read_recipe(words)
+    begun = Path(str(recipe.run.dir)) / "recipe.yaml"
+    way = way_of(begun) if begun.exists() else _fastest(recipe, arguments)
+    if way is not None:
+        words = entry.words(arguments.data_root, arguments.out, way)
+        recipe = read_recipe(words)
+    return Experiment(entry, recipe, tuple(words))
+
+
+def way_of(stored: Path) -> Way:
+    """How the steps of a run that was begun are run, from its recipe.yaml."""
+    train = load_text(stored.read_text(encoding="utf-8"), str(stored)).train
+    return Way(train.engine, train.kernels, train.batchnorm)
+
+
+def _fastest(recipe: Recipe, arguments: Any) -> Way | None:
+    return fastest(arguments.results, choose_device(recipe.run), recipe.train.precision)
 
 
 def _parse(words: Sequence[str]) -> Any:

@@ -55,6 +55,11 @@ class Way(NamedTuple):
         fused = [part for part in ("kernels", "batchnorm") if getattr(self, part) == "triton"]
         return "+".join([self.engine, *fused])
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """On the command line of `fastgen.train`."""
+        return tuple(f"--train.{name}={value}" for name, value in self._asdict().items())
+
 
 PLAIN_WAYS = tuple(Way(engine) for engine in ENGINES)
 # On a GPU; the interpreter says nothing about time.
@@ -161,6 +166,7 @@ def make_rig(
     loader: Loader,
     *,
     lr: float = LR,
+    init_seed: int = 0,
     whole_epochs: bool = False,
 ) -> Rig:
     """The trainer's steps for one generation, on images of the loader.
@@ -173,12 +179,14 @@ def make_rig(
         objective: of the generation.
         loader: of the case's split.
         lr: of every step.
+        init_seed: of the student's, or patriarch's, weights.
         whole_epochs: see `rig_of`.
     """
     teacher = None
     if objective.teacher_weight:
         teacher = _teacher(case, next(endless_batches(loader, case)))
-    return rig_of(case, engine, objective, supply_of(case, loader, teacher), lr=lr, whole_epochs=whole_epochs)
+    supply = supply_of(case, loader, teacher)
+    return rig_of(case, engine, objective, supply, lr=lr, init_seed=init_seed, whole_epochs=whole_epochs)
 
 
 def supply_of(case: Case, loader: Loader, teacher: Teacher | None) -> Supply:
@@ -203,6 +211,7 @@ def rig_of(
     supply: Supply,
     *,
     lr: float = LR,
+    init_seed: int = 0,
     whole_epochs: bool = False,
 ) -> Rig:
     """The trainer's steps on what is supplied.
@@ -212,7 +221,7 @@ def rig_of(
             out, so that all steps count alike.
     """
     train = case.settings(engine)
-    model = fresh_network(case, init_seed=0).train()
+    model = fresh_network(case, init_seed).train()
     if case.batchnorm == "triton":
         model = fuse_norm_act(model)
     grade = make_grade(objective, fused=case.kernels == "triton")

@@ -224,8 +224,7 @@ def report(measured: Measured) -> None:
     title = f"{case.model}, batch {case.batch_size}, {case.precision}, {timings.rounds} rounds; median (quartiles)"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     headings = (
-        "step", "ms", "images/s", "speed over bare", "over bare of its role", "student over patriarch", "MFU",
-        "of roofline",
+        "step", "ms", "images/s", "over bare of its role", "student over patriarch", "MFU", "of roofline",
     )  # fmt: skip
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "step" else "right")
@@ -236,7 +235,6 @@ def report(measured: Measured) -> None:
             name,
             timings.ms_per_step(name).text(2),
             f"{measured.images_per_second(name):,.0f}",
-            measured.over_bare(name).text(3),
             of_role.text(3) if of_role else "",
             over_patriarch.text(3) if over_patriarch else "",
             f"{roof.mfu(seconds):.1%}",

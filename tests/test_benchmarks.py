@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import tiny_recipe
 
-from benchmarks import ceilings, checks, common, gpu_check, queue, rigs, step
+from benchmarks import baselines, ceilings, checks, common, gpu_check, queue, rigs, step
 from fastgen import losses
 from fastgen.checkpoint import read_weights
 from fastgen.errors import UserError, command
@@ -115,10 +115,19 @@ def test_gpu_check_passes_on_the_cpu(tmp_path, small_layouts, capsys):
     for part in gpu_check.PARTS:
         assert f"      {part}: " in out
     rows = common.read_rows(tmp_path / "step.csv")
-    assert [row["candidate"] for row in rows] == [
-        "bare", "eager patriarch", "compile patriarch", "eager student", "compile student",
-    ]  # fmt: skip
+    of_trainer = ["eager patriarch", "compile patriarch", "eager student", "compile student"]
+    of_baselines = [
+        name
+        for name in baselines.BASELINES
+        if name not in baselines.missing(rigs.Case("resnet8", 16, "fp32", None, None, CPU))
+    ]
+    assert [row["candidate"] for row in rows] == [*of_baselines, *of_trainer]
+    assert {"bare", "bare student", "bare compile"} <= {*of_baselines}
     assert all(float(row["images_per_second"]) > 0 for row in rows)
+    assert all(0 < float(row["mfu"]) < 1.5 for row in rows)
+    verdicts_ = common.read_rows(tmp_path / "verdicts.csv")
+    # compile is not resumed here.
+    assert [(row["engine"], row["passed"]) for row in verdicts_] == [("eager", "True"), ("compile", "False")]
 
 
 @pytest.mark.parametrize("name", ["tolerant", "distill"])
@@ -238,7 +247,7 @@ def test_a_wrong_list_is_told(text, told, tmp_path):
 
 def test_the_committed_list_is_readable():
     entries = queue.read_queue(queue.QUEUE)
-    assert [entry.name for entry in entries[:3]] == [
+    assert [entry.name.rpartition("-")[0] for entry in entries[:3]] == [
         "c100_r20_gen-seed0", "c100_r20_ban-seed0", "c100_r20_baseline-seed0",
     ]  # fmt: skip
     assert all((common.ROOT / entry.recipe).exists() for entry in entries)
