@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine, from a clone: `make demo` and `make test`.
-# The environment is made from requirements.lock, and for the tests from requirements-loaders.lock, which adds FFCV and
-# DALI; ENV and PYTHON can be set from outside.
+# The environment is made from requirements.lock, and for the tests from requirements-loaders.lock, which adds FFCV,
+# DALI and timm; ENV and PYTHON can be set from outside.
 
 PYTHON ?= python3
 ENV ?= .venv

@@ -117,8 +117,8 @@ def bare_student_step(case: Case) -> Step:
     return bare_student_loop(case).step
 
 
-def bare_student_loop(case: Case) -> Loop:
-    """The loop of `bare_student_step`."""
+def bare_student_loop(case: Case, optimizer: MakeOptimizer = torch.optim.SGD) -> Loop:
+    """The loop of `bare_student_step`; its arguments are those of `bare_loop`."""
     network, batch = fresh_network(case, init_seed=0).train(), held_batch(case)
     teacher = calibrate(fresh_network(case, init_seed=1), batch.images_NCHW)
 
@@ -128,7 +128,7 @@ def bare_student_loop(case: Case) -> Loop:
                 teacher_logits_BC = teacher(images_NCHW)
             return student_loss(network(images_NCHW), teacher_logits_BC, labels_B)
 
-    return Loop(network, batch, loss_of, _bare_learn(case, network))
+    return Loop(network, batch, loss_of, _bare_learn(case, network, optimizer))
 
 
 def student_loss(logits_BC: Tensor, teacher_logits_BC: Tensor, labels_B: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common import RESULTS, Floor, append_rows, facts_line, machine_facts, require
-from benchmarks.opcount_steps import CPU, FACTS, PRECISION, ROWS, StepKind, count_steps, network_of
+from benchmarks.opcount_steps import CPU, FACTS, PRECISION, ROWS, StepKind, count_bare, count_steps, network_of
 from benchmarks.operators import RULE, Count, OperatorCounter
 from benchmarks.rigs import PATRIARCH, STUDENT
 from fastgen.arguments import Arguments
@@ -163,7 +163,9 @@ def main(words: Sequence[str]) -> None:
     arguments = _parse(words)
     print(facts_line(CPU))
     print(f"{RULE}; steps are of {arguments.model}")
-    counts = [*count_losses(), *count_teachers(), *count_steps(arguments.model)]
+    counts = [
+        *count_losses(), *count_teachers(), *count_bare(arguments.model), *count_steps(arguments.model),
+    ]  # fmt: skip
     report(counts)
     append_rows(arguments.results / "opcount.csv", result_rows(counts))
     for floor in floors(counts):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from benchmarks.baselines import bare_student_loop, fused_sgd
 from benchmarks.operators import Count, OperatorCounter
 from benchmarks.rigs import LR, PATRIARCH, STUDENT, Case, Kernels, fresh_network, random_split
 from fastgen.augment import Normaliser
@@ -117,6 +118,19 @@ def count_steps(model: str, kinds: Sequence[StepKind] = STEPS) -> Iterator[Count
         live = teacher if kind.teacher == "folded" else None
         breaks = graph_breaks(_forward(model, kind, copy_.network, live), _batch(kind, with_logits=live is None))
         yield Count("step", model, kind.name, PRECISION, _count_step(model, kind, network, teacher), breaks)
+
+
+def count_bare(model: str) -> Iterator[Count]:
+    """A plain PyTorch loop with an unfolded teacher under autocast, with PyTorch's default SGD and its fused one."""
+    for name, optimizer in (("default SGD", torch.optim.SGD), ("fused SGD", fused_sgd)):
+        loop = bare_student_loop(replace(_case(model), split=random_split(FACTS, ROWS)), optimizer)
+        loop.step()
+        with OperatorCounter() as counter:
+            loss = loop.loss()
+            counter.phase = "backward"
+            loop.learn(loss)
+        # SGD is part of what is called here.
+        yield Count("step", model, f"bare student, {name}", PRECISION, counter.by_phase)
 
 
 def _network_and_teacher(model: str, kind: StepKind) -> tuple[nn.Module, Teacher | None]:

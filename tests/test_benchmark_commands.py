@@ -92,7 +92,7 @@ def test_doctored_counts_are_told_as_missed(capsys, monkeypatch, tmp_path):
     slower = [*good, *teachers, replace(step, by_phase={"forward": 100, "backward": 60, "optimizer": 1})]
     assert [floor.passed for floor in opcount.floors(slower)] == [True, True, True, True, False]
 
-    for name, counts in (("count_losses", worse), ("count_teachers", []), ("count_steps", [])):
+    for name, counts in (("count_losses", worse), ("count_teachers", []), ("count_bare", []), ("count_steps", [])):
         monkeypatch.setattr(opcount, name, lambda *_, found=counts: found)
     assert command(opcount.main, [f"--results={tmp_path}"]) == 1
     captured = capsys.readouterr()
@@ -112,6 +112,14 @@ def test_a_step_is_counted_by_phase_and_compiles_whole():
     assert fused > graph
     # The teacher is all that differs, and it has no backward pass.
     assert len({count.by_phase["backward"] for count in counts[1:]}) == 1
+
+
+def test_a_bare_loop_is_counted_with_its_optimizer():
+    default, fused = opcount.count_bare("resnet8")
+    assert default.by_phase["forward"] == fused.by_phase["forward"]
+    # PyTorch's default SGD issues several operators a tensor on a CPU, the fused one a single one.
+    tensors = len(list(opcount.network_of("resnet8").parameters()))
+    assert default.operators - fused.operators >= 3 * tensors
 
 
 def test_a_graph_break_is_told():
