@@ -19,7 +19,6 @@ from fastgen.crops import ShiftCrop
 from fastgen.data.batch import Batch, Loader
 from fastgen.data.cifar import read_cifar
 from fastgen.data.facts import DATASETS, Facts
-from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.engines import Engine, Plant, make_engine
 from fastgen.errors import UserError
@@ -31,8 +30,8 @@ from fastgen.models import build_model, initialise
 from fastgen.models.norm_act import fuse_norm_act
 from fastgen.plan import Objective
 from fastgen.rules import PHOTO_MODELS
-from fastgen.step import DTYPES, EngineName, make_prepare
-from fastgen.supply import Supply
+from fastgen.step import DTYPES, EngineName
+from fastgen.supply import Supply, supply_images
 from fastgen.teacher import Teacher, make_teacher
 from fastgen.views import EpochViews, training_views
 
@@ -192,16 +191,7 @@ def make_rig(
 def supply_of(case: Case, loader: Loader, teacher: Teacher | None) -> Supply:
     """The loader's batches, with a teacher that is asked within the step, as `fastgen.supply` puts them together."""
     normalise = case.normaliser(DTYPES[case.precision])
-    source = loader if isinstance(loader, ResidentLoader) else None
-    supply = Supply(loader, lambda batch: batch, make_prepare(normalise), teacher, "", None, source)
-    if case.kernels != "triton" or source is None:
-        return supply
-
-    def dress(batch: Batch) -> Batch:
-        return replace(batch, images_NCHW=normalise(batch.images_NCHW))
-
-    normalised = source.normalised(normalise)
-    return replace(supply, loader=normalised, source=normalised, dress=dress)
+    return replace(supply_images(loader, "resident", normalise, fused=case.kernels == "triton"), live_teacher=teacher)
 
 
 def rig_of(

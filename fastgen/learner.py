@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen.config import TrainSettings
+from fastgen.config import Recipe, TrainSettings
 from fastgen.data.batch import Batch
-from fastgen.grade import Grade
+from fastgen.data.facts import Facts
+from fastgen.grade import Grade, make_grade
 from fastgen.meters import Tally
+from fastgen.models import build_model, initialise
 from fastgen.optim import make_optimizer, optimizer_state, set_lr
+from fastgen.plan import Generation
 from fastgen.shapes import part_bounds
 from fastgen.step import DTYPES, Forward, Prepare, make_forward, make_scaler
 from fastgen.teacher import Teacher
@@ -133,3 +136,31 @@ def make_learner(
     return Learner(
         model, working, make_optimizer(model, train), make_scaler(train, device), forward, train.accumulate_steps
     )
+
+
+def new_learner(
+    recipe: Recipe,
+    facts: Facts,
+    generation: Generation,
+    teacher: Teacher | None,
+    prepare: Prepare,
+    device: torch.device,
+    shapes: int,
+) -> Learner:
+    """A generation before its first step, as its recipe wants it.
+
+    Args:
+        recipe: names network, engine, kernels and precision.
+        facts: of the data set.
+        generation: gives initial weights and objective.
+        teacher, prepare, shapes: see `make_forward`.
+        device: where all of it lives.
+    """
+    model = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
+    model = initialise(model, generation.init_seed).to(device).to(memory_format=torch.channels_last).train()
+    if recipe.train.batchnorm == "triton":
+        from fastgen.models.norm_act import fuse_norm_act
+
+        model = fuse_norm_act(model)
+    grade = make_grade(generation.objective, fused=recipe.train.kernels == "triton")
+    return make_learner(model, grade, teacher, prepare, recipe.train, device, shapes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastgen.augment import Normaliser
-from fastgen.crops import ShiftCrop
+from fastgen.crops import NO_JITTER, JitterPolicy, ShiftCrop
 from fastgen.data.batch import Batch, DeviceSource, Loader
 from fastgen.data.resident import ResidentLoader
 from fastgen.evaluate import load_network
@@ -49,6 +49,57 @@ class Supply:
     source: DeviceSource | None = None
     ahead: LookAhead | None = None
 
+    def with_table(self, table: LabelTable) -> Supply:
+        """The same batches with the teacher's logits from a table."""
+        loader = TableLoader(self.loader, table)
+        source = None if self.source is None else TableSource(self.source, table)
+        return replace(self._then(loader, loader.dress, f"label table {table.kind.key}"), source=source)
+
+    def with_teacher(self, teacher: FrozenTeacher, batches: int, classes: int) -> Supply:
+        """The same batches with a teacher: the folded one is asked within the step, others before it.
+
+        Args:
+            teacher: frozen.
+            batches: of the student that it sees at once; of several it is asked before the step.
+            classes: of its logits.
+        """
+        if teacher.engine == "folded" and batches == 1:
+            return replace(self, live_teacher=teacher, lessons=teacher.how)
+        ahead = LookAhead(self.loader, teacher, self.prepare, batches, classes)
+        return replace(self._then(ahead, ahead.dress, f"{teacher.how}, {batches} batches at once"), ahead=ahead)
+
+    def _then(self, loader: Loader, dress: Callable[[Batch], Batch], lessons: str) -> Supply:
+        return replace(self, loader=loader, dress=lambda batch: dress(self.dress(batch)), lessons=lessons)
+
+
+def supply_images(
+    loader: Loader, backend: str, normalise: Normaliser, jitter: JitterPolicy = NO_JITTER, *, fused: bool
+) -> Supply:
+    """Batches without a teacher.
+
+    Args:
+        loader: of the data set; a resident one was built with kernels where `fused` is asked for.
+        backend: its name, for the record.
+        normalise: pixels -> the dtype of the step.
+        jitter: what rows of jitter ask for.
+        fused: with kernels, where there are some: those of a resident loader normalise too, unless there is jitter.
+    """
+    plain = Supply(loader, lambda batch: batch, make_prepare(normalise, jitter), None, backend, None)
+    if not isinstance(loader, ResidentLoader):
+        return plain
+    plain = replace(plain, source=loader)
+    if not fused:
+        return plain
+    if jitter.active:
+        return replace(plain, views=f"{backend}, triton")
+
+    def dress(batch: Batch) -> Batch:
+        return replace(batch, images_NCHW=normalise(batch.images_NCHW))
+
+    normalised = loader.normalised(normalise)
+    views = f"{backend}, triton, normalised"
+    return replace(plain, loader=normalised, source=normalised, dress=dress, views=views)
+
 
 def make_supply(
     bench: Workbench,
@@ -72,15 +123,15 @@ def make_supply(
         Stopped: a signal came while a label table was made; what is done of it is kept.
         UserError: the teacher is of another network, or its label table is damaged.
     """
-    supply = _images(bench)
+    facts, data, train = bench.dataset.facts, bench.recipe.data, bench.recipe.train
+    normalise = Normaliser(facts.mean, facts.std, bench.device, DTYPES[train.precision])
+    jitter, fused = bench.dataset.crop.jitter, train.kernels == "triton"
+    supply = supply_images(bench.train_loader, data.backend, normalise, jitter, fused=fused)
     if teacher_weights is None:
         return supply
-    settings, train = bench.recipe.teacher, bench.recipe.train
+    settings = bench.recipe.teacher
     if settings.labels == "table":
-        table = _table(bench, generation, node, teacher_weights, supply, stopwatch)
-        loader = TableLoader(supply.loader, table)
-        source = None if supply.source is None else TableSource(supply.source, table)
-        return replace(_then(supply, loader, loader.dress, f"label table {table.kind.key}"), source=source)
+        return supply.with_table(_table(bench, generation, node, teacher_weights, supply, stopwatch))
     # Programs ask for a batch alone where no full group is left.
     groups = {
         images
@@ -88,36 +139,7 @@ def make_supply(
         for images in group_sizes(len(bench.dataset.train), train.batch_size, batches)
     }
     teacher = _teacher(bench, teacher_weights, max(groups), len(groups) * len(sides))
-    if settings.engine == "folded" and settings.look_ahead_batches == 1:
-        return replace(supply, live_teacher=teacher, lessons=teacher.how)
-    classes = bench.dataset.facts.classes
-    ahead = LookAhead(supply.loader, teacher, supply.prepare, settings.look_ahead_batches, classes)
-    how = f"{teacher.how}, {settings.look_ahead_batches} batches at once"
-    return replace(_then(supply, ahead, ahead.dress, how), ahead=ahead)
-
-
-def _then(supply: Supply, loader: Loader, dress: Callable[[Batch], Batch], lessons: str) -> Supply:
-    return replace(supply, loader=loader, dress=lambda batch: dress(supply.dress(batch)), lessons=lessons)
-
-
-def _images(bench: Workbench) -> Supply:
-    facts, train, jitter = bench.dataset.facts, bench.recipe.train, bench.dataset.crop.jitter
-    normalise = Normaliser(facts.mean, facts.std, bench.device, DTYPES[train.precision])
-    prepare, loader = make_prepare(normalise, jitter), bench.train_loader
-    plain = Supply(loader, lambda batch: batch, prepare, None, bench.recipe.data.backend, None)
-    if not isinstance(loader, ResidentLoader):
-        return plain
-    plain = replace(plain, source=loader)
-    if train.kernels != "triton":
-        return plain
-    if jitter.active:
-        return replace(plain, views="resident, triton")
-
-    def dress(batch: Batch) -> Batch:
-        return replace(batch, images_NCHW=normalise(batch.images_NCHW))
-
-    normalised = loader.normalised(normalise)
-    return replace(plain, loader=normalised, source=normalised, dress=dress, views="resident, triton, normalised")
+    return supply.with_teacher(teacher, settings.look_ahead_batches, facts.classes)
 
 
 def _teacher(bench: Workbench, weights: Path, images: int, shapes: int) -> FrozenTeacher:

@@ -20,10 +20,8 @@ from fastgen.engines import Engine, Plant, make_engine
 from fastgen.environment import describe_environment
 from fastgen.errors import Diverged, MachineError, UserError
 from fastgen.evaluate import evaluation_normaliser, measure
-from fastgen.grade import make_grade
-from fastgen.learner import Learner, make_learner
+from fastgen.learner import Learner, new_learner
 from fastgen.meters import Meter, Reading, Stopwatch, Tally
-from fastgen.models import build_model, initialise
 from fastgen.nodes import Node, locked
 from fastgen.plan import Generation
 from fastgen.schedule import Schedule, make_schedule, resolution_px
@@ -120,20 +118,12 @@ def _epochs(
 
 
 def _start(bench: Workbench, generation: Generation, supply: Supply) -> Learner:
-    recipe, facts = bench.recipe, bench.dataset.facts
+    recipe, dataset = bench.recipe, bench.dataset
     if "compile" in (recipe.train.engine, recipe.teacher.engine):
         # The code of the generation before is of no more use, and counts towards torch's limit of compilations.
         torch.compiler.reset()
-    model = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
-    initialise(model, generation.init_seed)
-    model = model.to(bench.device).to(memory_format=torch.channels_last).train()
-    if recipe.train.batchnorm == "triton":
-        from fastgen.models.norm_act import fuse_norm_act
-
-        model = fuse_norm_act(model)
-    grade = make_grade(generation.objective, fused=recipe.train.kernels == "triton")
-    shapes = len(part_shapes(recipe, bench.dataset))
-    return make_learner(model, grade, supply.live_teacher, supply.prepare, recipe.train, bench.device, shapes)
+    shapes = len(part_shapes(recipe, dataset))
+    return new_learner(recipe, dataset.facts, generation, supply.live_teacher, supply.prepare, bench.device, shapes)
 
 
 def _make_engine(bench: Workbench, learner: Learner, supply: Supply) -> Engine:
