@@ -3,7 +3,8 @@
 python -m benchmarks [--images_from=DIR] [--only=opcount]
 
 What needs a GPU is said to be not measured where there is none. Others are called by themselves: `benchmarks.loaders`
-wants photographs, `benchmarks.queue` hours, and `benchmarks.gpu_check` proves more than it times.
+wants photographs, `benchmarks.feed` and `benchmarks.time_to_accuracy` a recipe, `benchmarks.queue` hours, and
+`benchmarks.gpu_check` proves more than it times.
 """
 
 from __future__ import annotations
@@ -43,11 +44,14 @@ class Benchmark:
 
 
 BENCHMARKS = {
+    "ceilings": Benchmark(),
     "opcount": Benchmark(),
     "kernels_static": Benchmark(results="file"),
     "losses": Benchmark(needs_gpu=True),
     "teacher": Benchmark(takes_images=True),
     "step": Benchmark(takes_images=True),
+    "generation": Benchmark(takes_images=True),
+    "side_by_side": Benchmark(),
 }
 NOT_MEASURED = "not measured (no GPU)"
 

@@ -53,7 +53,7 @@ class Outcome:
         error: what was measured.
         tolerance: the largest error that passes.
         where: the case in which the error stood highest beside its tolerance.
-        of: what a way to run a step must have passed for this, see `verdicts.needed`; empty: all of them.
+        of: its tag, by which `verdicts` knows what it is of; empty: that of its part of `gpu_check`.
     """
 
     name: str

@@ -115,9 +115,13 @@ def _losses(case: Case, way: Way, objective: Objective, steps: int, lr: float, i
     loader = ResidentLoader(case.split, case.facts.pad_px, case.device, case.kernels == "triton")
     rig = make_rig(case, way.engine, objective, loader, lr=lr, init_seed=init_seed, whole_epochs=True)
     found: list[float] = []
+    at_once = 1
     while len(found) < steps:
         tally = next(rig.tallies)
+        at_once = max(at_once, tally.count)
         found += [loss_sum / images for loss_sum, images in zip(_values(tally), tally.images, strict=True)]
+    if way.engine == "graph" and at_once == 1:
+        raise ValueError("no graph held more than one step: nothing of what lies between steps was checked")
     return np.array(found[:steps])
 
 

@@ -10,8 +10,8 @@ printed. Each check is one line, PASS or FAIL; a failed one makes the exit code 
 from __future__ import annotations
 
 import itertools
-import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import checks_fused, checks_kernels, losses, step, teacher
+from benchmarks import checks_fused, checks_kernels, step
 from benchmarks.checks import (
     BATCHES,
     CLASSES,
@@ -38,10 +38,10 @@ from benchmarks.checks import (
     check_views,
 )
 from benchmarks.checks_training import check_engines, check_resume, memorisable_split
-from benchmarks.common import RESULTS, FloorMissed, Timings, append_rows, choose, facts_line, positive_minutes
+from benchmarks.common import RESULTS, ROOT, append_rows, choose, facts_line, positive_minutes
 from benchmarks.rigs import PLAIN_WAYS, Case, Precision, Way, hush_compiler, random_split
-from benchmarks.verdicts import BATCHNORM, KERNELS, verdict_rows
-from benchmarks.verdicts import FILE as VERDICTS
+from benchmarks.verdicts import BATCHNORM, KERNELS, check_rows, fastest
+from benchmarks.verdicts import FILE as CHECKS
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.data.facts import DATASETS, Facts
 from fastgen.errors import FastgenError, Stopped, command
@@ -59,6 +59,7 @@ class Size:
     """How large the checks are.
 
     Attributes:
+        name: `full` or `small`.
         facts: of the images.
         model: name of the network.
         batch_size: images in a step.
@@ -70,6 +71,7 @@ class Size:
         rounds, steps_per_round: of the timing.
     """
 
+    name: str
     facts: Facts
     model: str
     batch_size: int
@@ -87,6 +89,7 @@ class Size:
 GRAPH_OF_KERNELS = Way("graph", "triton", "triton")
 
 FULL = Size(
+    name="full",
     # The shapes that are timed as well: what is compiled for one is found again for the other.
     facts=DATASETS["cifar100"],
     model="resnet20",
@@ -106,6 +109,7 @@ FULL = Size(
 )
 # Compilation takes most of the time on a CPU: it is done for one precision there.
 SMALL = Size(
+    name="small",
     facts=SMALL_FACTS,
     model="resnet8",
     batch_size=16,
@@ -117,6 +121,21 @@ SMALL = Size(
     speed=("fp32",),
     rounds=2,
     steps_per_round=4,
+)
+
+# An epoch of the checks is then two graphs of three steps, or one, others of one step, and the smaller last batch.
+GRAPH_STEPS = 3
+
+# In order of worth.
+TABLES = (
+    "benchmarks.generation --model=resnet20",
+    "benchmarks.generation --model=resnet18 --generations=1",
+    "benchmarks.generation --model=resnet50 --generations=1",
+    "benchmarks.ceilings",
+    "benchmarks.losses",
+    "benchmarks.teacher --model=resnet18 --batch_size=256",
+    "benchmarks.teacher --model=resnet20",
+    "benchmarks.side_by_side --networks=1,2,4,8 --by=streams --seconds=1",
 )
 
 Check = Callable[[], Iterator[Outcome]]
@@ -142,19 +161,17 @@ def main(words: Sequence[str]) -> None:
     size = FULL if device.type == "cuda" else SMALL
     print(facts_line(device))
     print(f"seed {seed}")
-    speeds: dict[Precision, Timings] = {}
     with tempfile.TemporaryDirectory() as folder:
-        groups = _groups(size, device, seed, Path(folder), arguments.results, deadline, speeds)
+        groups = _groups(size, device, seed, Path(folder), arguments.results, deadline)
         chosen = {name: check for name, check in groups.items() if name in (arguments.only or groups)}
-        outcomes, failed = _run(chosen, deadline)
-    rows = verdict_rows(outcomes, speeds, device, "full" if size is FULL else "small")
-    append_rows(arguments.results / VERDICTS, rows)
-    for row in rows:
-        way = Way(row["engine"], row["kernels"], row["batchnorm"])
-        print(f"{way.name}, {row['precision']}: {'may' if row['passed'] else 'may not'} be used by benchmarks.queue")
-    if failed:
-        raise ChecksFailed(f"{len(failed)} failed beside {len(outcomes)} checks that ran: {'; '.join(failed)}")
-    print(f"all {len(outcomes)} checks passed")
+        _run(
+            chosen,
+            deadline,
+            lambda found: append_rows(arguments.results / CHECKS, check_rows(found, device, size.name)),
+        )
+    for precision in size.speed:
+        way = fastest(arguments.results, device, precision)
+        print(f"benchmarks.queue runs steps in {precision} by {way.name if way else 'what their recipe says'}")
 
 
 def _groups(
@@ -164,11 +181,10 @@ def _groups(
     folder: Path,
     results: Path,
     deadline: float,
-    speeds: dict[Precision, Timings],
 ) -> dict[str, Check]:
-    """The checks by name, in the order of their worth; what is timed goes into `speeds`."""
+    """The checks by name, in the order of their worth."""
     split = memorisable_split(size.facts, size.images, seed)
-    case = Case(size.model, size.batch_size, "fp32", size.facts, split, device)
+    case = Case(size.model, size.batch_size, "fp32", size.facts, split, device, graph_steps=GRAPH_STEPS)
     return {
         "losses": lambda: check_losses(device, seed, size.class_counts, size.batches),
         "kernels": lambda: _check_kernels(case, seed, size),
@@ -178,7 +194,7 @@ def _groups(
         "labels": lambda: checks_fused.check_labels(case, folder / "labels"),
         "resume": lambda: check_resume(folder, seed, device, size.model, size.resume),
         "engines": lambda: check_engines(case, size.learn),
-        "speed": lambda: _measure_speed(size, device, results, deadline, speeds),
+        "speed": lambda: _measure_speed(size, device, results, deadline),
         "tables": lambda: _print_tables(device, results, deadline),
     }
 
@@ -204,39 +220,46 @@ def _check_kernels(case: Case, seed: int, size: Size) -> Iterator[Outcome]:
     yield from (replace(outcome, of=BATCHNORM) for outcome in found)
 
 
-def _run(groups: dict[str, Check], deadline: float) -> tuple[list[Outcome], list[str]]:
+def _run(groups: dict[str, Check], deadline: float, keep: Callable[[list[Outcome]], None]) -> None:
     """Runs the groups one after the other; one that breaks counts as failed, and the next still runs.
 
-    Returns:
-        all outcomes, and what did not pass, broke, or found no time.
+    Args:
+        groups: by name, which is the tag of outcomes that have none.
+        deadline: on the clock of `time.monotonic`.
+        keep: is given each group's outcomes when it has ended.
+
+    Raises:
+        ChecksFailed: at least one check did not pass, broke, or found no time.
     """
-    outcomes: list[Outcome] = []
-    failed: list[str] = []
+    count, failed = 0, []
     for name, check in groups.items():
         if time.monotonic() > deadline:
             print(f"NOT RUN  {name}: the time is up; give more --minutes")
             failed.append(f"{name} (not run)")
             continue
         start = time.monotonic()
+        outcomes: list[Outcome] = []
+        broke_off = False
         try:
             for outcome in check():
                 print(outcome.line(), flush=True)
-                outcomes.append(outcome)
-                failed += [] if outcome.passed else [outcome.name]
+                outcomes.append(outcome if outcome.of else replace(outcome, of=name))
         except Stopped:
             raise
         except Exception:  # noqa: BLE001 (told in full, and counted as failed)
             print(f"FAIL  {name}: broke off\n{traceback.format_exc()}", flush=True)
             failed.append(f"{name} (broke off)")
-            # Of all ways: nobody knows what else it would have shown.
-            outcomes.append(Outcome(f"{name} broke off", math.nan, 0))
+            broke_off = True
+        failed += [outcome.name for outcome in outcomes if not outcome.passed]
+        keep([*outcomes, Outcome(f"{name}: parts that broke off", broke_off, 0, of=name)])
+        count += len(outcomes)
         print(f"      {name}: {time.monotonic() - start:.1f} s", flush=True)
-    return outcomes, failed
+    if failed:
+        raise ChecksFailed(f"{len(failed)} failed beside {count} checks that ran: {'; '.join(failed)}")
+    print(f"all {count} checks passed")
 
 
-def _measure_speed(
-    size: Size, device: torch.device, results: Path, deadline: float, speeds: dict[Precision, Timings]
-) -> Iterator[Outcome]:
+def _measure_speed(size: Size, device: torch.device, results: Path, deadline: float) -> Iterator[Outcome]:
     """Times each engine beside the bare loop; a check only in that every loss is finite."""
     split = random_split(size.facts, max(size.images, size.facts.train_images))
     for precision in size.speed:
@@ -246,32 +269,33 @@ def _measure_speed(
         case = Case(size.model, size.batch_size, precision, size.facts, split, device)
         measured = step.measure(case, rounds=size.rounds, steps_per_round=size.steps_per_round, until=deadline)
         step.report(measured)
-        speeds[precision] = measured.timings
         append_rows(results / "step.csv", step.result_rows(measured, size.steps_per_round, "random"))
         yield Outcome(f"speed, {precision}: candidates whose loss was not finite", 0, 0)
 
 
 def _print_tables(device: torch.device, results: Path, deadline: float) -> Iterator[Outcome]:
-    """What losses and teachers cost on this GPU. A missed floor is told, and is no failed check."""
+    """The benchmarks of this GPU, each in a process of its own. A missed floor is told, and is no failed check."""
     if device.type != "cuda":
         print("tables: not measured (no GPU)")
         return
-    commands = {
-        "benchmarks.losses": losses.main,
-        "benchmarks.teacher --model=resnet18 --batch_size=256": teacher.main,
-        "benchmarks.teacher --model=resnet20": teacher.main,
-    }
-    for line, main_ in commands.items():
-        minutes = (deadline - time.monotonic()) / 60
-        if minutes <= 0:
+    broke_off = 0
+    for line in TABLES:
+        left = deadline - time.monotonic()
+        if left <= 0:
             print(f"NOT MEASURED  {line}: the time is up")
             continue
-        print(f"python -m {line}")
+        print(f"python -m {line}", flush=True)
+        words = [sys.executable, "-m", *line.split(), f"--results={results.absolute()}"]
         try:
-            main_([*line.split()[1:], f"--minutes={minutes:.2f}", f"--results={results}"])
-        except FloorMissed as missed:
-            print(f"MISSED  {missed}")
-    yield Outcome("tables: benchmarks that broke off", 0, 0)
+            ended = subprocess.run(words, cwd=ROOT, timeout=left, stderr=subprocess.PIPE, text=True)
+        except subprocess.TimeoutExpired:
+            print(f"NOT FINISHED  {line}: the time is up")
+            continue
+        missed = "floors missed" in ended.stderr
+        if ended.returncode:
+            print(f"{'MISSED' if missed else 'BROKE OFF'}  {line}\n{ended.stderr.strip()}", flush=True)
+        broke_off += bool(ended.returncode) and not missed
+    yield Outcome("tables: benchmarks that broke off", broke_off, 0)
 
 
 def _parse(words: Sequence[str]) -> Any:

@@ -9,7 +9,7 @@ off the run folders under --out and nowhere else, so carrying that folder carrie
 rows of a finished run are appended to results/queue.csv, once.
 
 Steps are run by the fastest way that has passed `gpu_check` on a device of this name with this torch
-(results/verdicts.csv), told for each entry; where none has, as the recipe says. The way is part of what
+(results/checks.csv, results/step.csv), told for each entry; where none has, as the recipe says. The way is part of what
 decides the weights: an entry that was begun goes on as it was begun.
 """
 
@@ -285,10 +285,14 @@ def _experiment(entry: Entry, arguments: Any) -> Experiment:
     recipe = read_recipe(words)
     begun = Path(str(recipe.run.dir)) / "recipe.yaml"
     way = way_of(begun) if begun.exists() else _fastest(recipe, arguments)
-    if way is not None:
-        words = entry.words(arguments.data_root, arguments.out, way)
-        recipe = read_recipe(words)
-    return Experiment(entry, recipe, tuple(words))
+    if way is None:
+        return Experiment(entry, recipe, tuple(words))
+    by_way = entry.words(arguments.data_root, arguments.out, way)
+    try:
+        return Experiment(entry, read_recipe(by_way), tuple(by_way))
+    except UserError as error:
+        print(f"{entry.name}: not by {way.name} ({error}), but as the recipe says")
+        return Experiment(entry, recipe, tuple(words))
 
 
 def way_of(stored: Path) -> Way:

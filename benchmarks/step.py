@@ -186,9 +186,9 @@ def _loaders(case: Case) -> dict[Way, Loader]:
     """The data set in the device's memory, once for all ways that can share it."""
     made = {
         kernels: ResidentLoader(case.split, case.facts.pad_px, case.device, kernels=kernels == "triton")
-        for kernels in {way.kernels for way in timed_ways(case.device)}
+        for kernels in {way.kernels for way in timed_ways(case.device, case.model)}
     }
-    return {way: made[way.kernels] for way in timed_ways(case.device)}
+    return {way: made[way.kernels] for way in timed_ways(case.device, case.model)}
 
 
 def result_rows(measured: Measured, steps_per_round: int, images: str) -> list[dict[str, Any]]:

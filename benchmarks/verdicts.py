@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.checks import Outcome
-from benchmarks.common import Timings, machine_facts, read_rows
+from benchmarks.common import machine_facts, read_rows
 from benchmarks.rigs import Precision, Way, timed_ways
 from fastgen.environment import device_name
 
-FILE = "verdicts.csv"
+FILE = "checks.csv"
+MODEL = "resnet20"
 KERNELS, BATCHNORM = "kernels", "batchnorm"
+# Parts of `gpu_check` that every way needs: what they check is shared, and they must not have broken off.
+OF_ALL = ("losses", "views", "init", "teacher", "labels", "resume", "engines")
 
 
 def learns(way: Way, precision: Precision) -> str:
@@ -34,59 +38,53 @@ def agrees(way: Way) -> str:
 
 def needed(way: Way, precision: Precision) -> set[str]:
     """Tags of all checks that a way must have passed. Plain PyTorch, eager, is what the others are held against."""
-    tags = {learns(way, precision), resumes(way, precision)}
+    tags = {*OF_ALL, learns(way, precision), resumes(way, precision)}
     tags |= set() if way == Way("eager") else {agrees(way)}
     tags |= {KERNELS} if way.kernels == "triton" else set()
     return tags | ({BATCHNORM} if way.batchnorm == "triton" else set())
 
 
-def has_passed(way: Way, precision: Precision, outcomes: Iterable[Outcome]) -> bool:
-    """Whether every check that the way needs took place and none of them, nor one that all need, failed."""
-    tags, seen = needed(way, precision), set()
-    for outcome in outcomes:
-        if not outcome.of or outcome.of in tags:
-            if not outcome.passed:
-                return False
-            seen.add(outcome.of)
-    return tags <= seen
-
-
-def verdict_rows(
-    outcomes: Sequence[Outcome], speeds: Mapping[Precision, Timings], device: torch.device, size: str
-) -> list[dict[str, Any]]:
-    """One row a way and precision that was timed, for verdicts.csv.
+def check_rows(outcomes: Sequence[Outcome], device: torch.device, size: str) -> list[dict[str, Any]]:
+    """One row a tag, for checks.csv.
 
     Args:
-        outcomes: of all checks of this session.
-        speeds: seconds of a step, by precision; candidates are named `way role`.
+        outcomes: all that the tags stand for; one that is no number, or too large, fails its tag.
         device: where it was.
         size: of the checks; only `full` ones count.
     """
+    passed: dict[str, bool] = {}
+    for outcome in outcomes:
+        passed[outcome.of] = passed.get(outcome.of, True) and outcome.passed
+    counts = Counter(outcome.of for outcome in outcomes)
     machine = machine_facts(device)
-    return [
-        {
-            **machine,
-            "size": size,
-            **way._asdict(),
-            "precision": precision,
-            "passed": has_passed(way, precision, outcomes),
-            "patriarch_ms": round(timings.ms_per_step(f"{way.name} patriarch").median, 4),
-            "student_ms": round(timings.ms_per_step(f"{way.name} student").median, 4),
-        }
-        for precision, timings in speeds.items()
-        for way in timed_ways(device)
-    ]
+    return [{**machine, "size": size, "tag": tag, "checks": counts[tag], "passed": passed[tag]} for tag in passed]
 
 
-def fastest(results: Path, device: torch.device, precision: str) -> Way | None:
-    """The way with the shortest step of a student among those whose last verdict here is that they passed.
+def passed_tags(results: Path, device: torch.device) -> set[str]:
+    """Tags whose last full check passed here: on a device of this name, with this torch."""
+    rows = [row for row in read_rows(results / FILE) if is_here(row, device) and row["size"] == "full"]
+    last = {row["tag"]: row["passed"] == "True" for row in rows}
+    return {tag for tag, passed in last.items() if passed}
 
-    Here: on a device of this name, with this torch. None: there is no such verdict.
-    """
-    last: dict[Way, Mapping[str, str]] = {}
-    for row in read_rows(results / FILE):
-        here = row["device"] == device_name(device) and row["torch"] == torch.__version__
-        if here and row["size"] == "full" and row["precision"] == precision:
-            last[Way(row["engine"], row["kernels"], row["batchnorm"])] = row  # type: ignore[arg-type]
-    passed = {way: float(row["student_ms"]) for way, row in last.items() if row["passed"] == "True"}
-    return min(passed, key=lambda way: passed[way]) if passed else None
+
+def is_here(row: Mapping[str, str], device: torch.device) -> bool:
+    """Whether a row is of a device of this name and of this torch."""
+    return row["device"] == device_name(device) and row["torch"] == torch.__version__
+
+
+def student_ms(results: Path, device: torch.device, precision: str) -> dict[str, float]:
+    """Milliseconds of a student's step here, as last measured by `benchmarks.step` on MODEL, by way."""
+    return {
+        row["candidate"].removesuffix(" student"): float(row["ms_per_step_median"])
+        for row in read_rows(results / "step.csv")
+        if is_here(row, device)
+        and (row["model"], row["precision"]) == (MODEL, precision)
+        and row["candidate"].endswith(" student")
+    }
+
+
+def fastest(results: Path, device: torch.device, precision: Precision) -> Way | None:
+    """The way with the shortest step of a student among those that have passed here; None: there is none."""
+    passed, speeds = passed_tags(results, device), student_ms(results, device, precision)
+    ways = [way for way in timed_ways(device) if way.name in speeds and needed(way, precision) <= passed]
+    return min(ways, key=lambda way: speeds[way.name]) if ways else None

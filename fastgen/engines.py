@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from fastgen.crops import JITTER_COLUMNS
 from fastgen.data.batch import Batch, DeviceSource, to_device
 from fastgen.learner import Learner
 from fastgen.meters import Tally
-from fastgen.programs import Body, Program
+from fastgen.programs import Capture, Program
 from fastgen.shapes import Shape, group_sizes
 from fastgen.supply import Supply
 from fastgen.views import EpochViews
@@ -94,15 +95,21 @@ class StepByStep:
 
     def _rehearse(self) -> None:
         """Compiles, and lets libraries choose their algorithms."""
-        plant, supply = self._plant, self._plant.supply
-        if supply.ahead is not None:
-            groups = group_sizes(plant.samples, plant.train.batch_size, supply.ahead.count)
-            for side in {shape[1:] for shape in plant.shapes}:
-                for count in groups:
-                    supply.ahead.taught(plant.blank((count, *side)))
+        plant = self._plant
+        _rehearse_teacher(plant)
         with plant.learner.preserved():
             for shape in plant.shapes:
-                plant.learner.step(supply.dress(plant.blank(shape)), 0.0)
+                plant.learner.step(plant.supply.dress(plant.blank(shape)), 0.0)
+
+
+def _rehearse_teacher(plant: Plant) -> None:
+    """Of a teacher that is asked before the steps."""
+    ahead = plant.supply.ahead
+    if ahead is None:
+        return
+    for side in {shape[1:] for shape in plant.shapes}:
+        for count in group_sizes(plant.samples, plant.train.batch_size, ahead.count):
+            ahead.taught(plant.blank((count, *side)))
 
 
 class GraphEngine:
@@ -114,17 +121,22 @@ class GraphEngine:
 
     def __init__(self, plant: Plant) -> None:
         self._plant = plant
-        self._programs: dict[tuple[int, ...], Program] = {}
-        self._pool = torch.cuda.graph_pool_handle() if plant.device.type == "cuda" else None
+        self._capture = Capture() if plant.device.type == "cuda" else None
         source = plant.supply.source
-        steps = 1 if source is None else plant.train.graph_steps
-        self.how = f"graphs of {steps} steps" if self._pool else f"programs of {steps} steps, not captured: no GPU"
         if source is None:
-            for shape in plant.shapes:
-                self._streamed(plant.supply.dress(plant.blank(shape)))
+            _rehearse_teacher(plant)
+            dressed = [plant.supply.dress(plant.blank(shape)) for shape in plant.shapes]
+            programs = {tuple(batch.images_NCHW.shape): self._of_batch(batch) for batch in dressed}
         else:
-            for size, count in dict.fromkeys(self._pieces(0)):
-                self._resident(source, size, count)
+            programs = {piece: self._of_source(source, *piece) for piece in self._pieces(0)}
+        self._programs: dict[tuple[int, ...], Program] = {}
+        self._make_ready(programs)
+
+    @property
+    def how(self) -> str:
+        """See `Engine.how`."""
+        steps = 1 if self._plant.supply.source is None else max(steps for _, steps in self._pieces(0))
+        return f"graphs of {steps} steps" if self._capture else f"programs of {steps} steps, not captured: no GPU"
 
     def epoch(self, views: EpochViews, first_batch: int, lrs: Sequence[float]) -> Iterator[Tally]:
         """See `Engine.epoch`."""
@@ -139,50 +151,56 @@ class GraphEngine:
         sample = step = 0
         for size, steps in self._pieces(first_batch):
             part = slice(sample, sample + size * steps)
-            program = self._resident(source, size, steps)
+            if (size, steps) not in self._programs:
+                # A session before this one stopped where its own programs ended.
+                self._make_ready({(size, steps): self._of_source(source, size, steps)})
+            program = self._programs[size, steps]
             yield program.run({name: column[part] for name, column in columns.items()}, lrs_S[step : step + steps])
             sample, step = part.stop, step + steps
 
     def _epoch_streamed(self, views: EpochViews, first_batch: int, lrs_S: Tensor) -> Iterator[Tally]:
         batches = self._plant.supply.loader.batches(views, self._plant.train.batch_size, first_batch)
         for step, batch in enumerate(batches):
-            yield self._streamed(batch).run(_columns_of(batch), lrs_S[step : step + 1])
+            program = self._programs[tuple(batch.images_NCHW.shape)]
+            yield program.run(_columns_of(batch), lrs_S[step : step + 1])
 
     def _pieces(self, first_batch: int) -> Iterator[tuple[int, int]]:
-        """(images in a batch, batches) of each program that runs in the rest of an epoch."""
-        batch_size, at_once = self._plant.train.batch_size, self._plant.train.graph_steps
-        full, rest = divmod(self._plant.samples, batch_size)
-        left = full - first_batch
-        yield from [(batch_size, at_once)] * max(0, left // at_once)
-        yield from [(batch_size, 1)] * max(0, left % at_once if left > 0 else 0)
+        """(images in a batch, batches) of each program that runs in the rest of an epoch.
+
+        What is too short for a whole program still asks its teacher for as many batches at once as others do: the same
+        groups, whatever `graph_steps` is.
+        """
+        plant = self._plant
+        full, rest = divmod(plant.samples, plant.train.batch_size)
+        left = max(0, full - first_batch)
+        at_once = 1 if plant.supply.ahead is None else plant.supply.ahead.count
+        for steps in (plant.train.graph_steps, at_once, 1):
+            yield from [(plant.train.batch_size, steps)] * (left // steps)
+            left %= steps
         if rest:
             yield rest, 1
 
-    def _resident(self, source: DeviceSource, size: int, steps: int) -> Program:
-        def inputs() -> Mapping[str, Tensor]:
-            return source.blank(size * steps, self._plant.jitter)
-
+    def _of_source(self, source: DeviceSource, size: int, steps: int) -> Program:
         def body(columns: Mapping[str, Tensor], lrs: Tensor) -> Tally:
             return self._steps(source.execute(columns), size, lrs)
 
-        return self._program((size, steps), body, inputs, steps)
+        return Program(body, source.blank(size * steps, self._plant.jitter), steps, self._plant.device)
 
-    def _streamed(self, batch: Batch) -> Program:
-        def inputs() -> Mapping[str, Tensor]:
-            return {name: column.clone() for name, column in _columns_of(batch).items()}
-
+    def _of_batch(self, batch: Batch) -> Program:
         def body(columns: Mapping[str, Tensor], lrs: Tensor) -> Tally:
             return Tally.of([self._plant.learner.step(Batch(**columns), lrs[0])])
 
-        return self._program(tuple(batch.images_NCHW.shape), body, inputs, 1)
+        inputs = {name: column.clone() for name, column in _columns_of(batch).items()}
+        return Program(body, inputs, 1, self._plant.device)
 
-    def _program(
-        self, key: tuple[int, ...], body: Body, inputs: Callable[[], Mapping[str, Tensor]], steps: int
-    ) -> Program:
-        if key not in self._programs:
-            with self._plant.learner.preserved():
-                self._programs[key] = Program(body, inputs(), steps, self._plant.device, self._pool)
-        return self._programs[key]
+    def _make_ready(self, programs: Mapping[tuple[int, ...], Program]) -> None:
+        """Warms all of them up, then captures them, the largest first: the others find their memory in its own."""
+        with self._plant.learner.preserved():
+            for program in programs.values():
+                program.warm_up(self._capture)
+            for key in sorted(programs, key=math.prod, reverse=True):
+                programs[key].capture(self._capture)
+        self._programs |= programs
 
     def _steps(self, whole: Batch, size: int, lrs: Tensor) -> Tally:
         """Takes the steps of the batches that lie behind each other in this one."""

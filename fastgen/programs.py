@@ -7,9 +7,9 @@ copied to where the program reads it, and what it gives is copied from where it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,29 +24,34 @@ WARM_UP_PASSES = 3
 
 
 class Program:
-    """Runs a body over static inputs.
-
-    Building it runs the body, which changes whatever the body changes: see `Learner.preserved`.
+    """A body over static inputs: to be warmed up, then captured, then run as often as wanted.
 
     Args:
         body: the same work whatever the values of its inputs; on a GPU it must not wait for the device.
         inputs: by name; the program takes their memory, and their values are valid for the body.
         steps: learning rates that the body takes.
-        device: where it runs; on a GPU it is captured, elsewhere the body is called each time.
-        pool: memory that programs share which never run at the same time, `torch.cuda.graph_pool_handle()`; None: its
-            own.
+        device: where it runs.
     """
 
-    def __init__(
-        self, body: Body, inputs: Mapping[str, Tensor], steps: int, device: torch.device, pool: Any = None
-    ) -> None:
+    def __init__(self, body: Body, inputs: Mapping[str, Tensor], steps: int, device: torch.device) -> None:
+        self._body = body
         self._inputs = dict(inputs)
         self._lrs = torch.zeros(steps, device=device)
-        if device.type == "cuda":
-            self._replay = _captured(body, self._inputs, self._lrs, pool)
-        else:
-            body(self._inputs, self._lrs)
-            self._replay = lambda: body(self._inputs, self._lrs)
+        self._replay = self._call
+
+    def warm_up(self, capture: Capture | None) -> None:
+        """Calls the body, which changes whatever it changes: see `Learner.preserved`."""
+        if capture is None:
+            self._call()
+            return
+        with capture.beside():
+            for _ in range(WARM_UP_PASSES):
+                self._call()
+
+    def capture(self, capture: Capture | None) -> None:
+        """Captures the body as a CUDA graph, which runs nothing; without a GPU it will be called."""
+        if capture is not None:
+            self._replay = capture.graph_of(self._call)
 
     def run(self, columns: Mapping[str, Tensor], lrs: Tensor) -> Tally:
         """Takes the steps.
@@ -73,21 +78,38 @@ class Program:
         losses, correct = (tuple(value.clone() for value in values) for values in (tally.loss_sums, tally.correct))
         return replace(tally, loss_sums=losses, correct=correct)
 
+    def _call(self) -> Tally:
+        return self._body(self._inputs, self._lrs)
 
-def _captured(body: Body, inputs: Mapping[str, Tensor], lrs: Tensor, pool: Any) -> Callable[[], Tally]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_PASSES):
-            body(inputs, lrs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: what decoders of images do in threads of their own is not captured, and no fault.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        tally = body(inputs, lrs)
 
-    def replay() -> Tally:
-        graph.replay()
-        return tally
+class Capture:
+    """Where programs are captured that never run at the same time: they share their working memory.
 
-    return replay
+    One stream for all of them, as torch's allocator gives memory back to the stream alone that it was taken on.
+    Programs that run at the same time need a capture each, also for the workspaces that libraries keep by stream.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """On the stream of the captures, after what was asked for before, and before what comes after."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def graph_of(self, call: Callable[[], Tally]) -> Callable[[], Tally]:
+        """Captures a call; gives what replays it, with the same output tensors each time."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what decoders of images do in threads of their own is not captured, and no fault.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            tally = call()
+
+        def replay() -> Tally:
+            graph.replay()
+            return tally
+
+        return replay

@@ -2,6 +2,9 @@
 
 import json
 import signal
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.checks_training import AGREE_LR, AGREE_RELATIVE, AGREE_STEPS, OBJECTIVES, memorisable_split
 from benchmarks.gpu_check import SMALL_FACTS
-from benchmarks.rigs import STUDENT, Case, make_rig, supply_of
-from fastgen import trainer
+from benchmarks.rigs import PATRIARCH, STUDENT, Case, make_rig, supply_of
+from fastgen import engines, trainer
 from fastgen.data.resident import ResidentLoader
 from fastgen.engines import GraphEngine, Plant, StepByStep, make_engine
 from fastgen.errors import Stopped, UserError
@@ -46,21 +49,20 @@ def case_of(precision="fp32", images=IMAGES, **settings):
     return Case("resnet8", BATCH, precision, SMALL_FACTS, split, CPU, graph_steps=AT_ONCE, **settings)
 
 
-def plant_of(case, engine, accumulate_steps=1, ahead=0):
+def plant_of(case, engine, accumulate_steps=1, ahead=0, objective=STUDENT):
     """A student's plant on the case, with its teacher asked within the step, or ahead of so many of them."""
     loader = ResidentLoader(case.split, case.facts.pad_px, CPU)
     model = initialise(build_model(case.model, case.facts.classes, 3, "strided"), 0)
     other = initialise(build_model(case.model, case.facts.classes, 3, "strided"), 1)
     teacher = make_teacher(other, CPU, DTYPES[case.precision])
-    supply = supply_of(case, loader, None if ahead else teacher)
+    supply = supply_of(case, loader, teacher if objective.teacher_weight and not ahead else None)
     if ahead:
         looking = LookAhead(loader, teacher, supply.prepare, ahead, case.facts.classes)
-        object.__setattr__(supply, "ahead", looking)
-        object.__setattr__(supply, "loader", looking)
+        supply = replace(supply, ahead=looking, loader=looking, dress=looking.dress)
     train = case.settings(engine)
     object.__setattr__(train, "accumulate_steps", accumulate_steps)
     model = model.to(memory_format=torch.channels_last).train()
-    learner = make_learner(model, make_grade(STUDENT), supply.live_teacher, supply.prepare, train, CPU)
+    learner = make_learner(model, make_grade(objective), supply.live_teacher, supply.prepare, train, CPU)
     sizes = sorted({min(BATCH, len(case.split)), len(case.split) % BATCH} - {0})
     shapes = [(size, case.facts.height_px, case.facts.width_px) for size in sizes]
     return Plant(learner, supply, train, len(case.split), shapes, 3, False, CPU)
@@ -154,6 +156,10 @@ def test_an_epoch_goes_on_in_its_middle():
 def test_building_an_engine_changes_nothing(engine, precision):
     plant = plant_of(case_of(precision), engine)
     learner = plant.learner
+    # From where a resumed run would begin: with momentum, and a scale that has moved.
+    batch = plant.supply.source.execute(plant.supply.source.columns(epoch_views(case_of()), np.arange(BATCH)))
+    learner.step(batch, 0.05)
+    learner.optimizer.zero_grad()
     momenta = [state["momentum_buffer"] for state in learner.optimizer.state.values()]
     before = [tensor.clone() for tensor in (*learner.model.state_dict().values(), *momenta)]
     scaler = learner.scaler.state_dict()
@@ -170,7 +176,7 @@ def test_building_an_engine_changes_nothing(engine, precision):
 class NoWaiting(TorchDispatchMode):
     """Refuses what a CUDA graph cannot hold: values that go to the host, or come from it."""
 
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "equal", "masked_select", "unique")
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "equal", "masked_select", "_unique2")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]
@@ -178,13 +184,14 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate_steps": 2}, {"ahead": 3}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"accumulate_steps": 2}, {"ahead": 3}, {"objective": PATRIARCH}], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_program_waits_for_nothing(precision, settings):
     case = case_of(precision)
     plant = plant_of(case, "graph", **settings)
     engine = GraphEngine(plant)
     columns = plant.supply.source.columns(epoch_views(case), epoch_views(case).order)
+    assert {steps for _, steps in engine._programs} == {1, AT_ONCE}
     for (size, steps), program in engine._programs.items():
         part = {name: column[: size * steps] for name, column in columns.items()}
         with NoWaiting():
@@ -194,22 +201,85 @@ def test_a_program_waits_for_nothing(precision, settings):
 
 
 def test_a_program_keeps_its_inputs_and_gives_away_its_outputs():
-    seen = []
+    seen, written = [], torch.zeros(2)
 
     def body(columns, lrs):
         seen.append((columns["x"], lrs))
-        total = columns["x"].sum() * lrs[0]
-        return Tally((0, 1), (3, 3), (total.expand(2),), (total.expand(2),))
+        # As a graph does: each time to the same memory.
+        written.copy_((columns["x"].sum() * lrs[0]).expand(2))
+        return Tally((0, 1), (3, 3), (written,), (written,))
 
     program = Program(body, {"x": torch.zeros(3)}, 2, CPU)
     first = program.run({"x": torch.tensor([1.0, 2, 3])}, torch.tensor([0.5, 1]))
     second = program.run({"x": torch.tensor([2.0, 2, 3])}, torch.tensor([2.0, 1]))
     assert (first.loss_sums[0].tolist(), second.loss_sums[0].tolist()) == ([3, 3], [14, 14])
+    assert (first.correct[0].tolist(), second.correct[0].tolist()) == ([3, 3], [14, 14])
     assert len({id(tensor) for inputs in seen for tensor in inputs}) == 2
     with pytest.raises(ValueError, match=r"x is \(2,\), the program takes \(3,\)"):
         program.run({"x": torch.zeros(2)}, torch.zeros(2))
     with pytest.raises(ValueError, match="takes x, and was given y"):
         program.run({"y": torch.zeros(3)}, torch.zeros(2))
+
+
+class FakeCapture:
+    """Keeps what a capture is asked for, and calls where a GPU would capture."""
+
+    def __init__(self):
+        self.asked = []
+
+    @contextmanager
+    def beside(self):
+        self.asked.append("warm up")
+        yield
+
+    def graph_of(self, call):
+        tally = call()
+        self.asked.append(sum(tally.images))
+        return call
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_all_programs_are_warmed_up_then_captured_largest_first(monkeypatch, ahead):
+    case, made = case_of(images=104), []
+    monkeypatch.setattr(engines, "Capture", lambda: made.append(FakeCapture()) or made[-1])
+    plant = plant_of(case, "graph", ahead=ahead)
+    object.__setattr__(plant.train, "graph_steps", 4)
+    object.__setattr__(plant, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(engines, "Program", lambda body, inputs, steps, device: Program(body, inputs, steps, CPU))
+    before = {name: tensor.clone() for name, tensor in plant.learner.model.state_dict().items()}
+    engine = GraphEngine(plant)
+    # Six whole batches and one of 8: four at once, what is left in groups of the look ahead or one by one, the rest.
+    images = [4 * BATCH, 2 * BATCH, 8] if ahead else [4 * BATCH, BATCH, 8]
+    assert len(made) == 1, "programs that share no capture share no memory"
+    assert made[0].asked == ["warm up"] * 3 + images
+    assert engine.how == "graphs of 4 steps"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plant.learner.model.state_dict().items())
+
+
+def test_the_teacher_sees_the_same_groups_whatever_a_graph_holds():
+    case, groups = case_of(images=120), {}
+    for at_once in (6, 4, 2):
+        plant = plant_of(case, "graph", ahead=2)
+        object.__setattr__(plant.train, "graph_steps", at_once)
+        engine = make_engine(plant)
+        teacher, seen = plant.supply.ahead._teacher, []
+        plant.supply.ahead._teacher = lambda images, teacher=teacher, seen=seen: (
+            seen.append(len(images)) or teacher(images)
+        )
+        assert sum(tally.count for tally in engine.epoch(epoch_views(case), 0, [0.1] * 8)) == 8
+        groups[at_once] = seen
+    assert groups[6] == groups[4] == groups[2] == [32, 32, 32, 16, 8]
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_a_teacher_that_is_asked_before_the_steps_is_rehearsed(engine):
+    plant = plant_of(case_of(), engine, ahead=3)
+    object.__setattr__(plant.supply, "source", None)
+    teacher, seen = plant.supply.ahead._teacher, []
+    plant.supply.ahead._teacher = lambda images: seen.append(len(images)) or teacher(images)
+    make_engine(plant)
+    # Groups of three batches of 16, and what 72 images leave.
+    assert sorted(seen) == [24, 48]
 
 
 def words(folder, name, *more):

@@ -8,8 +8,9 @@ import yaml
 
 from benchmarks import queue, verdicts
 from benchmarks.checks import Outcome
-from benchmarks.common import Timings, append_rows
-from benchmarks.rigs import Way, timed_ways
+from benchmarks.common import append_rows, machine_facts
+from benchmarks.rigs import Way
+from fastgen.errors import command
 from fastgen.recipe import dump
 
 CPU = torch.device("cpu")
@@ -21,48 +22,72 @@ def all_checks(way, precision="bf16"):
     return [Outcome(tag, 0, 1, of=tag) for tag in sorted(verdicts.needed(way, precision))]
 
 
-@pytest.mark.parametrize("way", [EAGER, COMPILE, GRAPH, Way("eager", "triton"), FUSED], ids=lambda way: way.name)
-def test_a_way_needs_every_check_that_concerns_it(way):
+def tell(folder, checks, size="full"):
+    append_rows(folder / verdicts.FILE, verdicts.check_rows(checks, CPU, size))
+
+
+def time_steps(folder, seconds, model="resnet20"):
+    rows = [
+        {**machine_facts(CPU), "model": model, "precision": "bf16", "candidate": f"{way.name} {role}",
+         "ms_per_step_median": value}
+        for way, value in seconds.items()
+        for role in ("patriarch", "student")
+    ]  # fmt: skip
+    append_rows(folder / "step.csv", rows)
+
+
+@pytest.mark.parametrize("way", [EAGER, COMPILE], ids=lambda way: way.name)
+def test_a_way_needs_every_check_that_concerns_it(way, tmp_path):
     checks = all_checks(way)
-    assert len(checks) == 2 + (way != EAGER) + (way.kernels == "triton") + (way.batchnorm == "triton")
-    assert verdicts.has_passed(way, "bf16", checks)
-    assert not verdicts.has_passed(way, "fp16", checks)
+    assert len(checks) == len(verdicts.OF_ALL) + 2 + (way != EAGER)
+    time_steps(tmp_path, {EAGER: 2.0, COMPILE: 1.0})
+    tell(tmp_path, checks)
+    assert verdicts.fastest(tmp_path, CPU, "bf16") == way
+    assert verdicts.fastest(tmp_path, CPU, "fp16") is None
     for number, check in enumerate(checks):
-        others = checks[:number] + checks[number + 1 :]
-        assert not verdicts.has_passed(way, "bf16", others), "a check did not take place"
-        assert not verdicts.has_passed(way, "bf16", [*others, replace(check, error=2)]), "a check failed"
-        assert not verdicts.has_passed(way, "bf16", [*checks, replace(check, error=float("nan"))])
+        for folder, found in (
+            ("missing", checks[:number] + checks[number + 1 :]),
+            ("failed", [*checks, replace(check, error=2)]),
+            ("nan", [*checks, replace(check, error=float("nan"))]),
+        ):
+            place = tmp_path / f"{folder}{number}"
+            time_steps(place, {EAGER: 2.0, COMPILE: 1.0})
+            tell(place, found)
+            assert verdicts.fastest(place, CPU, "bf16") is None, (folder, check)
 
 
-def test_what_fails_for_others_is_no_fault_of_a_way():
-    failed = Outcome("batchnorm", 2, 1, of=verdicts.BATCHNORM)
-    assert verdicts.has_passed(GRAPH, "bf16", [*all_checks(GRAPH), failed])
-    assert not verdicts.has_passed(FUSED, "bf16", [*all_checks(FUSED), failed])
-    # What is of nobody in particular is of all.
-    assert not verdicts.has_passed(GRAPH, "bf16", [*all_checks(GRAPH), Outcome("views", 2, 1)])
+def test_kernels_and_graphs_need_theirs():
+    assert verdicts.needed(FUSED, "bf16") - verdicts.needed(GRAPH, "bf16") == {
+        "kernels", "batchnorm", "graph+kernels+batchnorm bf16 learns", "graph+kernels+batchnorm bf16 resumes",
+        "graph+kernels+batchnorm agrees",
+    }  # fmt: skip
+    assert "batchnorm" not in verdicts.needed(Way("eager", "triton"), "bf16")
 
 
-ROLES = ("patriarch", "student")
-
-
-def rows(checks, seconds, size="full"):
-    timings = Timings({f"{way.name} {role}": (seconds[way],) for way in timed_ways(CPU) for role in ROLES})
-    return verdicts.verdict_rows(checks, {"bf16": timings}, CPU, size)
-
-
-def test_the_fastest_that_passed_last_is_taken(tmp_path):
-    path, both = tmp_path / verdicts.FILE, all_checks(EAGER) + all_checks(COMPILE)
+def test_checks_of_several_sessions_add_up_and_the_last_counts(tmp_path):
+    checks = all_checks(EAGER)
+    time_steps(tmp_path, {EAGER: 2.0})
+    tell(tmp_path, checks[:3])
     assert verdicts.fastest(tmp_path, CPU, "bf16") is None
-    append_rows(path, rows(both, {EAGER: 2.0, COMPILE: 1.0}, size="small"))
-    assert verdicts.fastest(tmp_path, CPU, "bf16") is None
-    append_rows(path, rows(both, {EAGER: 2.0, COMPILE: 1.0}))
-    assert verdicts.fastest(tmp_path, CPU, "bf16") == COMPILE
-    assert verdicts.fastest(tmp_path, CPU, "fp32") is None
-    append_rows(path, rows(both, {EAGER: 0.5, COMPILE: 1.0}))
+    tell(tmp_path, checks[3:])
     assert verdicts.fastest(tmp_path, CPU, "bf16") == EAGER
-    append_rows(path, rows(all_checks(COMPILE), {EAGER: 0.5, COMPILE: 1.0}))
+    tell(tmp_path, [replace(checks[0], error=2)])
+    assert verdicts.fastest(tmp_path, CPU, "bf16") is None
+    tell(tmp_path, [replace(checks[0], error=0.5)])
+    assert verdicts.fastest(tmp_path, CPU, "bf16") == EAGER
+
+
+def test_the_fastest_of_those_that_passed_is_taken(tmp_path):
+    tell(tmp_path, all_checks(EAGER) + all_checks(COMPILE), size="small")
+    time_steps(tmp_path, {EAGER: 2.0, COMPILE: 1.0})
+    time_steps(tmp_path, {EAGER: 0.1, COMPILE: 9.0}, model="resnet8")
+    assert verdicts.fastest(tmp_path, CPU, "bf16") is None
+    tell(tmp_path, all_checks(EAGER) + all_checks(COMPILE))
     assert verdicts.fastest(tmp_path, CPU, "bf16") == COMPILE
+    time_steps(tmp_path, {EAGER: 0.5, COMPILE: 1.0})
+    assert verdicts.fastest(tmp_path, CPU, "bf16") == EAGER
     # Another machine's, or another torch's, says nothing here.
+    path = tmp_path / verdicts.FILE
     path.write_text(path.read_text().replace(torch.__version__, "0.1"))
     assert verdicts.fastest(tmp_path, CPU, "bf16") is None
 
@@ -84,13 +109,28 @@ def test_the_queue_takes_it_and_keeps_to_what_was_begun(tmp_path, write_recipe):
         return [experiment.recipe.train.engine for experiment in experiments()]
 
     assert engines() == ["eager", "graph"]
-    append_rows(tmp_path / verdicts.FILE, rows(all_checks(COMPILE), {EAGER: 2.0, COMPILE: 1.0}))
+    tell(tmp_path, all_checks(EAGER) + all_checks(COMPILE))
+    time_steps(tmp_path, {EAGER: 2.0, COMPILE: 1.0})
     assert engines() == ["compile", "graph"]
     begun = experiments()[0]
-    append_rows(tmp_path / verdicts.FILE, rows(all_checks(EAGER), {EAGER: 0.5, COMPILE: 1.0}))
+    time_steps(tmp_path, {EAGER: 0.5, COMPILE: 1.0})
     assert engines() == ["eager", "graph"]
     begun.folder.mkdir(parents=True)
     (begun.folder / "recipe.yaml").write_text(dump(begun.recipe))
     assert engines() == ["compile", "graph"]
     # What the entry says itself stands above all.
     assert queue.way_of(begun.folder / "recipe.yaml") == COMPILE
+
+
+def test_a_way_that_an_entry_cannot_take_is_told(tmp_path, write_recipe, monkeypatch, capsys):
+    write_recipe()
+    overrides = {"train.precision": "bf16", "teacher.look_ahead_batches": 3}
+    (tmp_path / "queue.yaml").write_text(yaml.safe_dump([
+        {"recipe": str(tmp_path / "tiny.yaml"), "seed": 0, "overrides": overrides},
+    ]))  # fmt: skip
+    monkeypatch.setattr(queue, "fastest", lambda *_: GRAPH)
+    words = [f"--queue={tmp_path / 'queue.yaml'}", f"--out={tmp_path / 'out'}", f"--data.root={tmp_path}", "--list"]
+    assert command(queue.main, words) == 0
+    out = capsys.readouterr().out
+    assert "not by graph (teacher.look_ahead_batches = 3" in out
+    assert "not begun" in out
