@@ -14,21 +14,17 @@ measured at their smallest side: there a step is shortest. CPU seconds are of th
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rich import box
 from rich.table import Table
-from torch import Tensor, nn
 
 from benchmarks.common import (
     RESULTS,
@@ -43,106 +39,35 @@ from benchmarks.common import (
     spread,
     time_interleaved,
 )
-from benchmarks.generation import with_look_ahead
+from benchmarks.feed_steps import Case, make_rig, supply_of
 from benchmarks.loaders import used_cpu_seconds
-from benchmarks.rigs import Rig, calibrate, hush_compiler
+from benchmarks.rigs import Rig, hush_compiler
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.config import Recipe
-from fastgen.crops import JITTER_COLUMNS, TABLE_COLUMNS, Int64
-from fastgen.data import build_loader, open_dataset
-from fastgen.data.batch import Batch, Columns, Loader, usable_cores
-from fastgen.data.split import Dataset
+from fastgen.data import open_dataset
+from fastgen.data.batch import Loader, usable_cores
 from fastgen.device import choose_device
-from fastgen.engines import Plant, make_engine
 from fastgen.errors import UserError, command
-from fastgen.grade import make_grade
-from fastgen.learner import Learner, make_learner
-from fastgen.meters import Stopwatch, Tally
-from fastgen.models import build_model, initialise
-from fastgen.nodes import Node
-from fastgen.plan import Generation, make_plan
-from fastgen.progress import PatientConsole
+from fastgen.plan import make_plan
 from fastgen.recipe import help_text, parse_words, read_recipe
-from fastgen.record import Recorder
 from fastgen.repeat import split_words
 from fastgen.schedule import resolution_px
 from fastgen.shapes import part_shapes
-from fastgen.step import DTYPES
-from fastgen.stop import StopRequest
-from fastgen.supply import Supply, make_supply
 from fastgen.tables import print_table
-from fastgen.teacher import FrozenTeacher, make_teacher
-from fastgen.views import WHOLE, EpochViews, Share, batch_positions
-from fastgen.workbench import Workbench
 
-OWN_WORDS = ("--batches", "--steps", "--rounds", "--minutes", "--results")
+OWN_WORDS = ("--batches", "--rounds", "--minutes", "--results")
 LEAST_IMAGES = 3_000
 STEPS_ON_GPU, STEPS_ON_CPU = 32, 2
 LOADER = "loader"
 # Of one machine: they say nothing about what was measured.
 PLACES = ("run.dir", "run.nodes", "data.root")
-# Backends that decode with workers.
-WITH_WORKERS = ("ffcv", "dali", "folder")
 
 
-@dataclass(frozen=True)
-class Turns:
-    """How long a turn is.
-
-    Attributes:
-        batches: of the loader.
-        steps: of a generation.
-    """
+class Turns(NamedTuple):
+    """How long a turn is: batches of the loader, steps of a generation."""
 
     batches: int
     steps: int
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured.
-
-    Attributes:
-        recipe: resolved.
-        dataset: its data.
-        device: where it runs.
-        side_px: height and width of the views.
-        views: of an epoch, at this side.
-        generations: the patriarch and, where the recipe has one, the first student.
-    """
-
-    recipe: Recipe
-    dataset: Dataset
-    device: torch.device
-    side_px: tuple[int, int]
-    views: EpochViews
-    generations: Mapping[str, Generation]
-
-    @property
-    def batch_size(self) -> int:
-        """Images in a full batch."""
-        return min(self.recipe.train.batch_size, len(self.dataset.train))
-
-    @property
-    def workers(self) -> int | None:
-        """That decode; None: images are in memory, and the recipe's own process brings them along."""
-        data = self.recipe.data
-        return (data.workers or usable_cores()) if data.backend in WITH_WORKERS else None
-
-    @property
-    def program_steps(self) -> int:
-        """Steps that are launched together, from batches that are made on the device."""
-        train = self.recipe.train
-        return train.graph_steps if train.engine == "graph" and self.recipe.data.backend == "resident" else 1
-
-    @property
-    def steps_at_once(self) -> int:
-        """Steps that are launched, or whose teacher is asked, together."""
-        return math.lcm(self.program_steps, self.recipe.teacher.look_ahead_batches)
-
-    def part(self, images: int) -> EpochViews:
-        """The first images of the epoch."""
-        return replace(self.views, order=self.views.order[:images])
 
 
 @dataclass(frozen=True)
@@ -189,41 +114,6 @@ class Measured:
         return self.cpu_seconds_per_1000_images.median / 1e3 * self.images_per_second(role).median
 
 
-class Held:
-    """A loader, and source of programs, whose batches lie on the device already: the steps have it to themselves.
-
-    Args:
-        batch: as many samples as are ever asked for at once.
-        samples: that an epoch pretends to have.
-    """
-
-    def __init__(self, batch: Batch, samples: int) -> None:
-        self._batch = batch
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return self._samples
-
-    def batches(
-        self, views: EpochViews, batch_size: int, first_batch: int = 0, share: Share = WHOLE
-    ) -> Iterator[Batch]:
-        """See `Loader.batches`; what the views say has no say."""
-        for positions in batch_positions(views.order, batch_size, first_batch, share):
-            yield self._batch[: len(positions)]
-
-    def columns(self, views: EpochViews, positions: Int64) -> dict[str, Tensor]:
-        """See `DeviceSource.columns`."""
-        return {"labels": self._batch.labels[:1].expand(len(positions))}
-
-    def execute(self, columns: Columns) -> Batch:
-        """See `DeviceSource.execute`: no work."""
-        return self._batch[: len(columns["labels"])]
-
-    def blank(self, count: int, jitter: bool) -> dict[str, Tensor]:
-        """See `DeviceSource.blank`."""
-        return {"labels": self._batch.labels[:1].repeat(count)}
-
-
 def read_case(words: Sequence[str]) -> Case:
     """The recipe's data and generations.
 
@@ -239,46 +129,35 @@ def read_case(words: Sequence[str]) -> Case:
     # Refuses what no network could be trained on.
     part_shapes(recipe, dataset)
     plan = make_plan(recipe, dataset.train_hash, None, dataset.pixels)
-    student = next((generation for generation in plan if generation.role == "student"), None)
     side_px = min(resolution_px(recipe.data, epochs, epoch) for epoch in range(epochs))
     views = dataset.training_views(plan[0].data_seed, 0, 0, side_px)
+    student = next((generation for generation in plan if generation.role == "student"), None)
     generations = {"patriarch": plan[0]} | ({"student": student} if student else {})
-    return Case(recipe, dataset, choose_device(recipe.run), (views.height_px, views.width_px), views, generations)
+    return Case(recipe, dataset, choose_device(recipe.run), views, generations)
 
 
-def turns_of(case: Case, batches: int | None, steps: int | None) -> Turns:
-    """How long turns are; what is not given is chosen.
-
-    Raises:
-        UserError: a turn would end within a program or a group of a look ahead.
-    """
-    at_once, images = case.steps_at_once, LEAST_IMAGES
-    if steps is not None and steps % at_once:
-        raise UserError(f"--steps={steps}: {at_once} steps are taken at once: give a multiple of them")
-    if steps is None:
-        least = STEPS_ON_GPU if case.device.type == "cuda" else STEPS_ON_CPU
-        steps = -(-least // at_once) * at_once
-    if case.workers is None:
-        # In memory an epoch takes no time, and its start is worth more images than a few thousand.
-        images = max(images, len(case.dataset.train))
-    return Turns(batches or -(-images // case.batch_size), steps)
+def turns_of(case: Case, batches: int | None) -> Turns:
+    """How long turns are: whole programs and groups of a look ahead, and the loader's batches where they are given."""
+    # In memory an epoch takes no time, and its start is worth more images than a few thousand.
+    images = LEAST_IMAGES if case.workers is not None else max(LEAST_IMAGES, len(case.dataset.train))
+    steps = STEPS_ON_GPU if case.device.type == "cuda" else STEPS_ON_CPU
+    at_once = case.steps_at_once
+    return Turns(batches or -(-images // case.batch_size), -(-steps // at_once) * at_once)
 
 
 def measure(case: Case, turns: Turns, *, rounds: int, until: float = math.inf) -> Measured:
     """Times loader and steps in turns.
 
     Args:
-        case: the shared facts.
-        turns: how long they are.
-        rounds: that are kept.
-        until: see `time_interleaved`.
+        case, turns: what is timed, and how long.
+        rounds, until: see `time_interleaved`.
 
     Raises:
         UserError: a sample cannot be read, or what the loader needs is not here.
         ValueError: a loss was not finite, or the loader gave other samples than were asked for.
     """
     torch.compiler.reset()
-    supply = _supply(case)
+    supply = supply_of(case)
     rigs = {role: make_rig(case, supply, generation, turns.steps) for role, generation in case.generations.items()}
     cpu_seconds: list[float] = []
     turn = loader_turn(case, supply.loader, turns.batches, cpu_seconds)
@@ -308,118 +187,12 @@ def loader_turn(case: Case, loader: Loader, batches: int, cpu_seconds: list[floa
     return turn
 
 
-def _steps(rig: Rig, count: int) -> Callable[[], None]:
+def _steps(rig: Rig, count: int) -> Step:
     def turn() -> None:
         for _ in range(count):
             rig.step()
 
     return turn
-
-
-def _supply(case: Case) -> Supply:
-    """The loader as the trainer would use it."""
-    recipe, dataset, device = case.recipe, case.dataset, case.device
-    loader = build_loader(recipe, dataset, dataset.train, device)
-    with tempfile.TemporaryDirectory(prefix="fastgen-feed-") as folder:
-        recorder = Recorder(Path(folder), PatientConsole(), (), 0)
-        # Not entered: signals end this command at once.
-        bench = Workbench(recipe, dataset, device, loader, loader, recorder, StopRequest())
-        supply = make_supply(
-            bench, case.generations["patriarch"], Node(Path(folder)), None, Stopwatch(device), [case.side_px]
-        )
-        recorder.close()
-    return supply
-
-
-def make_rig(case: Case, supply: Supply, generation: Generation, steps: int) -> Rig:
-    """The trainer's steps for a generation, on one batch that is held on the device.
-
-    Args:
-        supply: of the patriarch.
-        steps: of an epoch, whole programs.
-    """
-    recipe, facts, size = case.recipe, case.dataset.facts, case.batch_size
-    batch = held_batch(case, supply.loader)
-    held = Held(batch, steps * size)
-    supply = replace(supply, loader=held, source=None if supply.source is None else held)
-    if generation.role == "student":
-        supply = _taught(case, supply, batch)
-    learner = _learner(case, supply, generation)
-    shapes = [(size, *case.side_px)]
-    jitter = case.dataset.crop.jitter.active
-    plant = Plant(learner, supply, recipe.train, steps * size, shapes, facts.channels, jitter, case.device)
-    engine = make_engine(plant)
-    table = np.zeros((steps * size, len(TABLE_COLUMNS)), np.int32)
-    drawn = np.zeros((steps * size, len(JITTER_COLUMNS)), np.float32) if jitter else None
-    views = EpochViews(np.arange(steps * size), table, *case.side_px, drawn)
-
-    def tallies() -> Iterator[Tally]:
-        for _ in itertools.count():
-            yield from engine.epoch(views, 0, [0.0] * steps)
-
-    return Rig(tallies())
-
-
-def held_batch(case: Case, loader: Loader) -> Batch:
-    """A full batch as the loader gives it, as often as a program takes steps."""
-    (batch,) = loader.batches(case.part(case.batch_size), case.batch_size)
-    count = case.program_steps
-    images_NCHW = torch.cat([batch.images_NCHW] * count).contiguous(memory_format=torch.channels_last)
-    jitter = None if batch.jitter is None else batch.jitter.repeat(count, 1)
-    return Batch(images_NCHW, batch.labels.repeat(count), batch.ids.repeat(count), jitter)
-
-
-def _taught(case: Case, supply: Supply, batch: Batch) -> Supply:
-    """The held batches with the recipe's way to ask a teacher, as `fastgen.supply` puts them together."""
-    settings, classes = case.recipe.teacher, case.dataset.facts.classes
-    teacher = _teacher(case, supply, batch[: case.batch_size])
-    if settings.labels == "table":
-        inputs_NCHW = supply.prepare(batch.images_NCHW, batch.jitter)
-        held = Held(replace(batch, teacher_logits_BC=teacher(inputs_NCHW)), len(supply.loader))
-        logits_BC = inputs_NCHW.new_zeros((case.batch_size, classes))
-
-        def dress(raw: Batch) -> Batch:
-            return replace(supply.dress(raw), teacher_logits_BC=logits_BC)
-
-        return replace(supply, loader=held, source=None if supply.source is None else held, dress=dress)
-    if settings.engine == "folded" and settings.look_ahead_batches == 1:
-        return replace(supply, live_teacher=teacher)
-    return with_look_ahead(supply, teacher, settings.look_ahead_batches, classes)
-
-
-def _teacher(case: Case, supply: Supply, batch: Batch) -> FrozenTeacher:
-    """An untrained network, whose batch-norms know the images."""
-    recipe, facts = case.recipe, case.dataset.facts
-    inputs_NCHW = supply.prepare(batch.images_NCHW, batch.jitter).float()
-    network = calibrate(_network(case, case.generations["patriarch"].init_seed), inputs_NCHW)
-    table = recipe.teacher.labels == "table"
-    images = case.batch_size * recipe.teacher.look_ahead_batches
-    return make_teacher(
-        network,
-        case.device,
-        DTYPES[recipe.train.precision],
-        "folded" if table else recipe.teacher.engine,
-        shape=(images, facts.channels, *case.side_px),
-        timed=not recipe.run.deterministic,
-    )
-
-
-def _network(case: Case, init_seed: int) -> nn.Module:
-    model, facts = case.recipe.model, case.dataset.facts
-    network = initialise(build_model(model.name, facts.classes, facts.channels, model.downsample), init_seed)
-    return network.to(case.device).to(memory_format=torch.channels_last)
-
-
-def _learner(case: Case, supply: Supply, generation: Generation) -> Learner:
-    train = case.recipe.train
-    network = _network(case, generation.init_seed).train()
-    if train.batchnorm == "triton":
-        from fastgen.models.norm_act import fuse_norm_act
-
-        network = fuse_norm_act(network)
-    grade = make_grade(generation.objective, fused=train.kernels == "triton")
-    shapes = len(part_shapes(case.recipe, case.dataset))
-    return make_learner(network, grade, supply.live_teacher, supply.prepare, train, case.device, shapes)
 
 
 def verdict(need_over_give: float) -> str:
@@ -507,7 +280,7 @@ def main(words: Sequence[str]) -> None:
     own, rest = split_words(words, OWN_WORDS)
     options, case, line = _parser().parse_args(own), read_case(rest), parse_words(rest)
     hush_compiler()
-    turns = turns_of(case, options.batches, options.steps)
+    turns = turns_of(case, options.batches)
     print(facts_line(case.device), flush=True)
     measured = measure(case, turns, rounds=options.rounds, until=time.monotonic() + 60 * options.minutes)
     report(measured)
@@ -519,7 +292,6 @@ def _parser() -> Arguments:
     parser.add_argument(
         "--batches", type=at_least_one, help=f"of the loader in a turn; default: at least {LEAST_IMAGES} images"
     )
-    parser.add_argument("--steps", type=at_least_one, help="of each generation in a turn; default by device")
     parser.add_argument("--rounds", type=at_least_one, default=7, help="rounds that are kept")
     parser.add_argument("--minutes", type=positive_minutes, default=8.0, help="after it no kept round is begun")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of feed.csv")

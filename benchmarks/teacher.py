@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,6 @@ from fastgen.data.batch import Loader
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import command
 from fastgen.labels import LabelTable, TableKind
-from fastgen.lessons import LookAhead, TableLoader
 from fastgen.models import MODELS
 from fastgen.step import DTYPES
 from fastgen.tables import print_table
@@ -159,10 +158,10 @@ def measure(case: Case, names: Sequence[str], *, rounds: int, until: float = mat
     return Measured(case, asked, alone, times)
 
 
-def teaching_network(case: Case, loader: Loader) -> nn.Module:
-    """The network that teaches, fp32, in eval mode; the same each time."""
+def teaching_network(case: Case, loader: Loader, init_seed: int = 1) -> nn.Module:
+    """The network that teaches, fp32, in eval mode; the same each time. The loader gives raw images."""
     images_NCHW = next(endless_batches(loader, case)).images_NCHW
-    return calibrate(fresh_network(case, init_seed=1), case.normaliser(torch.float32)(images_NCHW))
+    return calibrate(fresh_network(case, init_seed), case.normaliser(torch.float32)(images_NCHW))
 
 
 def unfolded(case: Case, network: nn.Module) -> Teacher:
@@ -184,16 +183,16 @@ def _ask(case: Case, name: str, loader: Loader, table: LabelTable | None) -> Ask
         return Asked(name, _gather(case, table), 1, "gather of rows", None)
     network = teaching_network(case, loader)
     if name == EAGER:
-        teacher, batches = unfolded(case, network), 1
+        plain = unfolded(case, network)
         how = "eval mode" if case.precision == "fp32" else "eval mode, autocast"
-    else:
-        engine, batches = ENGINES[name]
-        frozen = _frozen(case, network, engine, batches)
-        teacher, how = frozen, frozen.how
-    return Asked(name, teacher, batches, how, max_kl(case, teacher, loader))
+        return Asked(name, plain, 1, how, max_kl(case, plain, loader))
+    engine, batches = ENGINES[name]
+    teacher = freeze(case, network, engine, batches)
+    return Asked(name, teacher, batches, teacher.how, max_kl(case, teacher, loader))
 
 
-def _frozen(case: Case, network: nn.Module, engine: TeacherEngine, batches: int) -> FrozenTeacher:
+def freeze(case: Case, network: nn.Module, engine: TeacherEngine, batches: int) -> FrozenTeacher:
+    """The trainer's teacher, made of this network, for so many batches at once."""
     facts = case.facts
     shape = (batches * case.batch_size, facts.channels, facts.height_px, facts.width_px)
     return make_teacher(network, case.device, DTYPES[case.precision], engine, shape=shape)
@@ -257,17 +256,15 @@ def _passes(case: Case, asked: Asked, loader: Loader) -> Step:
 
 
 def make_student(case: Case, asked: Asked, loader: Loader, table: LabelTable | None) -> Rig:
-    """The student's step beside this teacher, put together as `fastgen.supply` does."""
-    # Eager and folded teachers are asked within the step, others before it.
-    live = asked.logits if asked.name in (EAGER, "folded") else None
-    supply = supply_of(case, loader, live)
+    """The student's step beside this teacher."""
+    supply = supply_of(case, loader, None)
     if asked.name == TABLE:
         assert table is not None
-        tables = TableLoader(loader, table)
-        supply = replace(supply, loader=tables, dress=tables.dress)
-    elif live is None:
-        ahead = LookAhead(loader, asked.logits, supply.prepare, asked.batches, case.facts.classes)
-        supply = replace(supply, loader=ahead, dress=ahead.dress, ahead=ahead)
+        supply = supply.with_table(table)
+    elif isinstance(asked.logits, FrozenTeacher):
+        supply = supply.with_teacher(asked.logits, asked.batches, case.facts.classes)
+    else:
+        supply = supply_of(case, loader, asked.logits)
     return rig_of(case, "eager", STUDENT, supply)
 
 

@@ -10,16 +10,17 @@ import pytest
 import torch
 from pictures import write_folder
 
-from benchmarks import feed
+from benchmarks import feed, feed_steps
 from benchmarks.common import Timings, machine_facts, read_rows
 from benchmarks.feed import Measured, Turns
 from data_prep import beton, manifest
 from fastgen.data.batch import Batch, usable_cores
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import command
+from fastgen.views import EpochViews
 
 CPU = torch.device("cpu")
-SHORT = ("--rounds=2", "--steps=2")
+SHORT = ("--rounds=2",)
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -94,7 +95,7 @@ def test_photographs_are_measured_at_the_smallest_side_of_the_run(backend, tmp_p
     recipe.write_text(PHOTOS)
     more = [f"--data.root={tmp_path}", f"--data.backend={backend}", "--data.workers=2"]
     # Five batches of 8 are more than the 21 photographs: several epochs make a turn.
-    rows = feed_on(recipe, tmp_path, "--rounds=1", "--steps=1", "--batches=5", *more)
+    rows = feed_on(recipe, tmp_path, "--rounds=1", "--batches=5", *more)
     assert [(row["role"], row["image_px"], row["loader_images_per_round"]) for row in rows] == [
         ("patriarch", "32", "40"), ("student", "32", "40"),
     ]  # fmt: skip
@@ -109,7 +110,7 @@ def test_a_recipe_without_students_says_so(write_recipe, tmp_path, capsys):
 
 def losses(case, role, steps=4):
     """Mean losses of the first steps of a role."""
-    rig = feed.make_rig(case, feed._supply(case), case.generations[role], steps)
+    rig = feed_steps.make_rig(case, feed_steps.supply_of(case), case.generations[role], steps)
     found = []
     while len(found) < steps:
         tally = next(rig.tallies)
@@ -152,8 +153,8 @@ def test_steps_by_kernels_see_the_same_batch(more, write_recipe):
 
 def test_a_held_loader_gives_what_is_asked_for():
     numbers = torch.arange(6)
-    held = feed.Held(Batch(numbers, numbers, numbers), 20)
-    views = feed.EpochViews(np.arange(10), np.zeros((10, 5), np.int32), 8, 8)
+    held = feed_steps.Held(Batch(numbers, numbers, numbers), 20)
+    views = EpochViews(np.arange(10), np.zeros((10, 5), np.int32), 8, 8)
     assert len(held) == 20
     assert [batch.labels.tolist() for batch in held.batches(views, 4)] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1]]
     assert len(held.execute(held.columns(views, np.arange(5))).labels) == 5
@@ -174,11 +175,11 @@ def test_the_dropped_round_costs_nothing(write_recipe, monkeypatch):
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_a_raw_batch_is_dressed_as_the_held_one(kernels, write_recipe, monkeypatch):
     plants = []
-    make_engine = feed.make_engine
-    monkeypatch.setattr(feed, "make_engine", lambda plant: plants.append(plant) or make_engine(plant))
+    make_engine = feed_steps.make_engine
+    monkeypatch.setattr(feed_steps, "make_engine", lambda plant: plants.append(plant) or make_engine(plant))
     words = ["--train.batch_size=8", "--teacher.labels=table", f"--train.kernels={kernels}"]
     case = feed.read_case(words_of(write_recipe(), *words))
-    feed.make_rig(case, feed._supply(case), case.generations["student"], 2)
+    feed_steps.make_rig(case, feed_steps.supply_of(case), case.generations["student"], 2)
     (plant,) = plants
     dressed = plant.supply.dress(plant.blank((8, 8, 8)))
     (held,) = plant.supply.loader.batches(case.part(8), 8)
@@ -193,7 +194,7 @@ def test_steps_have_the_device_to_themselves(write_recipe, monkeypatch):
     monkeypatch.setattr(ResidentLoader, "execute", lambda self, columns: calls.append(1) or execute(self, columns))
     for engine in ("eager", "graph"):
         case = feed.read_case(words_of(write_recipe(), f"--train.engine={engine}"))
-        rig = feed.make_rig(case, feed._supply(case), case.generations["student"], 8)
+        rig = feed_steps.make_rig(case, feed_steps.supply_of(case), case.generations["student"], 8)
         assert calls
         calls.clear()
         for _ in range(8):
@@ -287,8 +288,8 @@ def test_cores_are_what_the_steps_would_cost_the_loader():
 @without_gpu
 def test_turns_that_are_not_given_are_chosen(more, batches, steps, write_recipe):
     case = feed.read_case(words_of(write_recipe(), *more))
-    assert feed.turns_of(case, None, None) == Turns(batches, steps)
-    assert feed.turns_of(case, 5, 24) == Turns(5, 24)
+    assert feed.turns_of(case, None) == Turns(batches, steps)
+    assert feed.turns_of(case, 5) == Turns(5, steps)
 
 
 def test_workers_are_the_recipes_or_one_a_core(write_recipe):
@@ -300,8 +301,8 @@ def test_workers_are_the_recipes_or_one_a_core(write_recipe):
 
 def test_a_held_batch_is_the_loaders_own(write_recipe):
     case = feed.read_case(words_of(write_recipe(), "--train.engine=graph", "--train.graph_steps=3"))
-    loader = feed._supply(case).loader
-    held = feed.held_batch(case, loader)
+    loader = feed_steps.supply_of(case).loader
+    held = feed_steps.held_batch(case, loader)
     assert held.images_NCHW.is_contiguous(memory_format=torch.channels_last)
     assert len(held.labels) == 3 * 128
     positions = case.views.order[:128]
@@ -317,8 +318,6 @@ def test_a_held_batch_is_the_loaders_own(write_recipe):
         (["--data.backend=synthetic"], "loads nothing: name resident"),
         (["--run.dry=true"], "have no say here"),
         (["--gen.only=0"], "have no say here"),
-        (["--train.engine=graph", "--steps=4"], "--steps=4: 8 steps are taken at once"),
-        (["--teacher.look_ahead_batches=4", "--steps=2"], "--steps=2: 4 steps are taken at once"),
         (["--batches=0"], "'0' is below 1"),
         (["--batches=2", "--batches=3"], "--batches is given twice"),
         (["--data.worker=3"], "did you mean 'data.workers'?"),

@@ -11,18 +11,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import generation
+from benchmarks import generation, generation_process
+from benchmarks.baselines import BASELINES
 from benchmarks.common import Floor, Timings, machine_facts, read_rows
-from benchmarks.generation import COLUMNS, GOALS, PHASES, Measured, NotMeasured, Setup, Trained, Way, Whole
+from benchmarks.generation import Measured, Setup
+from benchmarks.generation_floors import EAGER, GOALS, NotMeasured, tell_floors
+from benchmarks.generation_process import PHASES, Trained, Whole
 from benchmarks.gpu_check import SMALL_FACTS
-from benchmarks.rigs import STUDENT, Case, make_rig, random_split
+from benchmarks.rigs import STUDENT, Case, Way, endless_batches, make_rig, random_split
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import command
 from fastgen.recipe import read_recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BATCH, AT_ONCE = 8, 4
-BARE, BARE_STUDENT = generation.EAGER["patriarch"], generation.EAGER["student"]
+BARE, BARE_STUDENT = EAGER["patriarch"], EAGER["student"]
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -50,10 +53,12 @@ def test_all_generations_are_timed_beside_the_eager_baselines(engine, teacher, a
     assert list(measured.timings.seconds_per_step) == names
     assert measured.timings.rounds == 2
     rows = generation.result_rows(measured, "random", AT_ONCE)
-    assert all(list(row) == [*machine_facts(CPU), *COLUMNS] for row in rows)
+    assert all(list(row) == list(rows[0]) for row in rows)
+    assert list(rows[0])[: len(machine_facts(CPU))] == list(machine_facts(CPU))
     assert [row["candidate"] for row in rows] == names
     assert [row["role"] for row in rows] == ["patriarch", "student", "student", "patriarch", "student"]
     assert [row["speed_over_eager_median"] for row in rows[3:]] == [1.0, 1.0]
+    assert [(row["engine"], row["teacher"], row["teacher_work"]) for row in rows[3:]] == [("eager", None, None)] * 2
     for row in rows[:3]:
         assert (row["engine"], row["teacher"], row["smoke_run"]) == (engine, teacher, engine == "graph")
         assert row["images_per_second"] == pytest.approx(1e3 * BATCH / row["ms_per_step_median"], rel=1e-3)
@@ -69,14 +74,22 @@ def test_all_generations_are_timed_beside_the_eager_baselines(engine, teacher, a
 @pytest.mark.parametrize(("engine", "teacher", "ahead"), [way for way in SETUPS if way[1] != "table"])
 def test_a_student_learns_what_the_trainers_student_learns(engine, teacher, ahead):
     case = small_case()
-    # Its teacher has the initial weights of generation 1's.
+    # Its teacher has the initial weights of generation 1.
     loader = ResidentLoader(case.split, case.facts.pad_px, CPU)
-    expected = losses(make_rig(case, "eager", STUDENT, loader))
+    expected = losses(make_rig(case, "eager", STUDENT, loader, init_seed=2))
     rigs = generation.make_generations(case, small_setup(engine, teacher, ahead))
-    assert losses(rigs["generation 1"]) == pytest.approx(expected, rel=1e-4)
-    # Another teacher, and none.
-    assert losses(rigs["generation 2"])[0] != pytest.approx(expected[0], rel=1e-3)
+    assert losses(rigs["generation 2"]) == pytest.approx(expected, rel=1e-4)
+    # Other weights and another teacher; no teacher.
+    assert losses(rigs["generation 1"])[0] != pytest.approx(expected[0], rel=1e-3)
     assert losses(rigs["generation 0"])[0] != pytest.approx(expected[0], rel=1e-3)
+
+
+def test_the_bare_student_has_the_faster_optimizer_too(monkeypatch):
+    made = []
+    fused_sgd = generation.fused_sgd
+    monkeypatch.setattr(generation, "fused_sgd", lambda *args, **named: made.append(1) or fused_sgd(*args, **named))
+    steps, missing = generation.make_baselines(small_case())
+    assert (list(steps), missing, len(made)) == ([BARE, BARE_STUDENT], {}, 2)
 
 
 @without_gpu
@@ -85,10 +98,9 @@ def test_a_student_learns_what_the_trainers_student_learns(engine, teacher, ahea
 def test_a_raw_batch_is_dressed_as_the_loaders_own(engine, teacher, ahead, kernels):
     case, setup = small_case(kernels=kernels), small_setup(engine, teacher, ahead)
     raw = ResidentLoader(case.split, case.facts.pad_px, CPU, kernels=kernels == "triton")
-    table = generation.make_table(case) if teacher == "table" else None
-    supply = generation.student_supply(case, setup, raw, table, teacher_seed=1)
-    own = next(generation.endless_batches(supply.loader, case))
-    dressed = supply.dress(next(generation.endless_batches(raw, case)))
+    supply = generation.student_supplies(case, setup, raw)[0]
+    own = next(endless_batches(supply.loader, case))
+    dressed = supply.dress(next(endless_batches(raw, case)))
     for name in ("images_NCHW", "labels", "teacher_logits_BC"):
         ours, theirs = getattr(dressed, name), getattr(own, name)
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
@@ -123,7 +135,7 @@ def losses(rig):
 
 
 def test_a_table_asks_no_teacher(monkeypatch):
-    monkeypatch.setattr(generation, "make_teacher", lambda *_, **__: pytest.fail("a teacher was made"))
+    monkeypatch.setattr("benchmarks.teacher.make_teacher", lambda *_, **__: pytest.fail("a teacher was made"))
     case, setup = small_case(), small_setup(teacher="table")
     rigs = generation.make_generations(case, setup)
     rigs["generation 1"].step()
@@ -144,7 +156,7 @@ def test_teacher_work_is_told_in_words():
     }
 
 
-def doctored(model="resnet20", batch_size=128, engine="graph", students=2, missing=(), device=CUDA, **seconds):
+def doctored(model="resnet20", batch_size=128, engine="graph", missing=(), device=CUDA, **seconds):
     """Seconds a step: `g0`, `g1`, .. of the generations, `bare`, `bare_student`, `timm`, `timm_student`."""
     case = SimpleNamespace(
         model=model, batch_size=batch_size, precision="bf16", device=device, facts=SMALL_FACTS, graph_steps=8
@@ -153,7 +165,7 @@ def doctored(model="resnet20", batch_size=128, engine="graph", students=2, missi
     names |= {f"g{number}": f"generation {number}" for number in range(6)}
     # Rounds differ by factors: a ratio must be of one round.
     timings = Timings({names[name]: (value, 2 * value, 4 * value) for name, value in seconds.items()})
-    return Measured(case, Setup(students, Way(engine), "folded"), timings, dict.fromkeys(missing, "timm is not here"))
+    return Measured(case, Setup(2, Way(engine), "folded"), timings, dict.fromkeys(missing, "timm is not here"))
 
 
 def test_ratios_are_of_the_same_round_and_role(capsys):
@@ -199,10 +211,9 @@ RESNET50 = {"g0": 0.0232, "g1": 0.0276, "timm": 0.0302, "timm_student": 0.0359}
 )
 def test_doctored_times_are_told_as_missed(model, seconds, changed, passed, capsys):
     batch_size = 128 if model == "resnet20" else 1024
-    students = sum(name in seconds for name in ("g1", "g2"))
-    found = generation.floors(doctored(model, batch_size, students=students, **{**seconds, **changed}))
+    found = generation.floors(doctored(model, batch_size, **{**seconds, **changed}))
     assert [floor.passed for floor in found] == passed
-    code = command(lambda words: generation.tell_floors(found), [])
+    code = command(lambda words: tell_floors(found), [])
     captured = capsys.readouterr()
     assert (code, captured.out.count("PASS"), captured.out.count("FAIL")) == (
         0 if all(passed) else 1, sum(passed), passed.count(False),
@@ -218,7 +229,6 @@ def test_doctored_times_are_told_as_missed(model, seconds, changed, passed, caps
         ({"batch_size": 256}, "batch 256", 1),
         ({"model": "resnet18", "device": CPU}, "no GPU", 4),
         ({"model": "resnet18", "missing": ("timm", "timm student")}, "timm is not here", 2),
-        ({"model": "resnet18", "students": 0}, "no students", 2),
         ({"model": "resnet32"}, "no floor is asked of this network", 1),
     ],
 )
@@ -226,7 +236,7 @@ def test_a_floor_that_is_not_measured_is_said_to_be_so(changed, why, lines, caps
     found = generation.floors(doctored(**{**RESNET18, "bare": 1.0, "bare_student": 1.0, **changed}))
     unknown = [floor for floor in found if isinstance(floor, NotMeasured)]
     assert len(found) == sum(goal.model == changed.get("model", "resnet20") for goal in GOALS)
-    command(lambda words: generation.tell_floors(found), [])
+    command(lambda words: tell_floors(found), [])
     told = [line for line in capsys.readouterr().out.splitlines() if why in line]
     assert len(told) == lines
     if unknown:
@@ -252,12 +262,10 @@ def test_the_command_measures_on_a_cpu(tmp_path, capsys):
     words = ["--model=resnet8", "--batch_size=2", "--rounds=1", "--generations=1", f"--results={tmp_path}"]
     assert command(generation.main, words) == 0
     out = capsys.readouterr().out
-    assert "engine eager, kernels torch, batchnorm torch, teacher folded" in out
+    assert "random images; eager, teacher folded; 4 steps a round" in out
     rows = read_rows(tmp_path / "generation.csv")
     assert [row["candidate"] for row in rows] == ["generation 0", "generation 1", BARE, BARE_STUDENT]
-    assert {(row["mode"], row["model"], row["image_px"], row["precision"]) for row in rows} == {
-        ("steps", "resnet8", "32", "bf16")
-    }
+    assert {(row["model"], row["image_px"], row["precision"]) for row in rows} == {("resnet8", "32", "bf16")}
     assert {row["steps_per_round"] for row in rows} == {str(generation.ON_CPU.steps_per_round)}
     assert command(generation.main, ["--device=cuda"]) == 0
     assert capsys.readouterr().out == "not measured (no GPU)\n"
@@ -274,7 +282,7 @@ def test_a_network_with_a_floor_says_that_it_is_not_measured(tmp_path, capsys):
 
 
 @without_gpu
-@pytest.mark.skipif(generation.BASELINES["timm"].why_not(small_case()) is not None, reason="needs timm")
+@pytest.mark.skipif(BASELINES["timm"].why_not(small_case()) is not None, reason="needs timm")
 def test_timm_stands_beside_networks_of_photographs(monkeypatch):
     monkeypatch.setattr("benchmarks.rigs.PHOTOS", replace(SMALL_FACTS, height_px=64, width_px=64, pad_px=0))
     case, _ = generation.case_of("resnet18", 2, "fp32", CPU, None)
@@ -325,19 +333,19 @@ def test_a_whole_process_is_trained_from_nothing_and_read(tmp_path, write_recipe
         kept.mkdir()
         shutil.copytree(run, kept / "run")
 
-    train = generation.train
-    monkeypatch.setattr(generation, "train", train_and_keep)
+    train = generation_process.train
+    monkeypatch.setattr(generation_process, "train", train_and_keep)
     recipe = write_recipe()
     words = ["--process", "--cfg", str(recipe), "--teacher.labels=table", f"--results={tmp_path / 'rows'}"]
     assert command(generation.main, words) == 0
     assert not folders[0].exists()
     results = json.loads((kept / "run" / "results.json").read_text())
-    rows = read_rows(tmp_path / "rows" / "generation.csv")
-    assert list(rows[0]) == [*machine_facts(CPU), *COLUMNS]
-    assert [row["candidate"] for row in rows] == ["generation 0", "generation 1", "whole process"]
+    rows = read_rows(tmp_path / "rows" / "generation_process.csv")
+    assert list(rows[0])[: len(machine_facts(CPU))] == list(machine_facts(CPU))
+    assert [row["generation"] for row in rows] == ["0", "1", "all"]
     first = results["generations"][0]
     for row, result in zip(rows, results["generations"], strict=False):
-        seconds = json.loads((kept / "run" / f"generation_{row['candidate'][-1]}" / "node.json").read_text())
+        seconds = json.loads((kept / "run" / f"generation_{row['generation']}" / "node.json").read_text())
         seconds = seconds["training"]["seconds"]
         for name in ("train_images_per_second", "wall_images_per_second"):
             assert float(row[name]) == pytest.approx(result[name], abs=0.06)
@@ -348,15 +356,15 @@ def test_a_whole_process_is_trained_from_nothing_and_read(tmp_path, write_recipe
         # Nothing that is charged is left out.
         charged = float(row["train_seconds"]) + sum(float(row[f"{phase}_seconds"]) for phase in PHASES)
         assert float(row["wall_seconds"]) == pytest.approx(charged, abs=5e-3)
-        assert (row["mode"], row["student_images"], row["teacher"]) == ("process", "1442", "table")
+        assert (row["student_images"], row["teacher"]) == ("1442", "table")
     assert float(rows[0]["labels_seconds"]) == 0 < float(rows[1]["labels_seconds"])
     whole = rows[2]
-    assert (float(whole["passes"]), whole["student_images"]) == (2.0, "2884")
+    assert (whole["student_images"], whole["role"], whole["engine"]) == ("2884", "", "eager")
     assert float(whole["wall_seconds"]) > sum(float(row["wall_seconds"]) for row in rows[:2])
     assert float(whole["wall_images_per_second"]) == pytest.approx(2884 / float(whole["wall_seconds"]), rel=1e-3)
     out = capfd.readouterr().out
     assert "2 passes over the data" in out
-    assert out.splitlines()[-1].endswith("everything counted, asked at most 600: not measured (no GPU)")
+    assert out.splitlines()[-1].endswith("all counted, asked at most 600: not measured (no GPU)")
 
 
 FULL = ["--data.dataset=cifar100", "--model.name=resnet20", "--train.epochs=164", "--gen.generations=5"]
@@ -366,8 +374,8 @@ def whole_of(recipe, seconds=599.0, images=50_000, *words):
     resolved = read_recipe(["--cfg", str(recipe), *FULL, *words])
     phases = {**dict.fromkeys(PHASES, 0.0), "labels": 10.0, "evaluate": 5.0}
     generations = tuple(
-        Trained(number, "student" if number else "patriarch", "node", 164 * images, 80.0 + 20 * bool(number),
-                phases, 100.0 + 20 * bool(number))
+        Trained(number, "student" if number else "patriarch", 164 * images, 80.0 + 20 * bool(number), phases,
+                100.0 + 20 * bool(number))
         for number in range(6)
     )  # fmt: skip
     return Whole(resolved, Path(recipe), (), images, generations, seconds)
@@ -375,12 +383,12 @@ def whole_of(recipe, seconds=599.0, images=50_000, *words):
 
 def test_figures_of_a_whole_process(write_recipe, capsys):
     whole = whole_of(write_recipe(), 720.0)
-    assert (whole.images, whole.passes, whole.outside_seconds) == (49_200_000, 984, 20.0)
+    assert (whole.images, whole.outside_seconds) == (49_200_000, 20.0)
     assert whole.images_per_second == pytest.approx(68_333.3, abs=0.1)
-    rows = generation.process_rows(whole, CPU)
+    rows = generation_process.result_rows(whole, CPU)
     assert [row["train_speed_over_generation_0"] for row in rows[:2]] == [1.0, 0.8]
     assert [row["wall_speed_over_generation_0"] for row in rows[:2]] == [1.0, round(100 / 120, 4)]
-    generation.report_process(whole)
+    generation_process.report(whole)
     out = capsys.readouterr().out
     assert "102,500" in out
     assert "984 passes over the data: 68,333 images/s; 20.0 s of it outside" in out
@@ -398,7 +406,7 @@ def test_figures_of_a_whole_process(write_recipe, capsys):
     ],
 )
 def test_the_floor_of_a_whole_process(seconds, images, words, device, told, write_recipe):
-    floor = generation.process_floor(whole_of(write_recipe(), seconds, images, *words), device)
+    floor = generation_process.process_floor(whole_of(write_recipe(), seconds, images, *words), device)
     assert told in floor.line()
     assert isinstance(floor, Floor) == (told in ("PASS", "FAIL"))
     assert not isinstance(floor, Floor) or floor.passed == (told == "PASS")
@@ -410,7 +418,7 @@ def test_the_floor_is_of_one_recipe(word, write_recipe):
     words = [other for other in FULL if not other.startswith(key)]
     whole = whole_of(write_recipe())
     other = replace(whole, recipe=read_recipe(["--cfg", str(whole.cfg), *words, word]))
-    assert "another recipe" in generation.process_floor(other, CUDA).line()
+    assert "another recipe" in generation_process.process_floor(other, CUDA).line()
 
 
 @pytest.mark.parametrize(
@@ -426,7 +434,7 @@ def test_the_floor_is_of_one_recipe(word, write_recipe):
     ],
 )
 def test_wrong_words_of_a_process_are_one_line_and_train_nothing(words, told, write_recipe, capsys, monkeypatch):
-    monkeypatch.setattr(generation, "train", lambda words: pytest.fail("something was trained"))
+    monkeypatch.setattr(generation_process, "train", lambda words: pytest.fail("something was trained"))
     assert command(generation.main, ["--process", "--cfg", str(write_recipe()), *words]) == 2
     captured = capsys.readouterr()
     assert told in captured.err
@@ -440,8 +448,3 @@ def test_a_training_that_fails_leaves_no_rows(write_recipe, tmp_path, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert lines[-1] == "fastgen: the training ended with exit code 2"
     assert not (tmp_path / "rows").exists()
-
-
-def test_no_column_is_made_up():
-    with pytest.raises(ValueError, match="no columns: speed"):
-        generation._row({}, {"speed": 1})
