@@ -68,6 +68,9 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
             return
         schedule, stopwatch = make_schedule(train, len(dataset.train)), Stopwatch(bench.device)
         with stopwatch.phase("warm_up"):
+            if "compile" in (train.engine, bench.recipe.teacher.engine):
+                # Code of the generation before is of no more use, and counts towards torch's limit of compilations.
+                torch.compiler.reset()
             sides = {shape[1:] for shape in part_shapes(bench.recipe, dataset)}
             supply = make_supply(bench, generation, node, teacher_weights, stopwatch, sides)
             training = Training(_start(bench, generation, supply), Meter(), stopwatch)
@@ -119,9 +122,6 @@ def _epochs(
 
 def _start(bench: Workbench, generation: Generation, supply: Supply) -> Learner:
     recipe, dataset = bench.recipe, bench.dataset
-    if "compile" in (recipe.train.engine, recipe.teacher.engine):
-        # The code of the generation before is of no more use, and counts towards torch's limit of compilations.
-        torch.compiler.reset()
     shapes = len(part_shapes(recipe, dataset))
     return new_learner(recipe, dataset.facts, generation, supply.live_teacher, supply.prepare, bench.device, shapes)
 
