@@ -42,7 +42,7 @@ from benchmarks.common import (
 from benchmarks.feed_steps import Case, make_rig, supply_of
 from benchmarks.loaders import used_cpu_seconds
 from benchmarks.rigs import Rig, hush_compiler
-from fastgen.arguments import Arguments, at_least_one
+from fastgen.arguments import Arguments, at_least_one, split_words
 from fastgen.config import Recipe
 from fastgen.data import open_dataset
 from fastgen.data.batch import Loader, usable_cores
@@ -50,7 +50,6 @@ from fastgen.device import choose_device
 from fastgen.errors import UserError, command
 from fastgen.plan import make_plan
 from fastgen.recipe import help_text, parse_words, read_recipe
-from fastgen.repeat import split_words
 from fastgen.schedule import resolution_px
 from fastgen.shapes import part_shapes
 from fastgen.tables import print_table

@@ -16,14 +16,13 @@ from rich.table import Table
 from benchmarks.common import RESULTS, Floor, append_rows, facts_line, machine_facts
 from benchmarks.generation_floors import SMOKE, NotMeasured, smoke, tell_floors
 from benchmarks.time_to_accuracy import train
-from fastgen.arguments import Arguments
+from fastgen.arguments import Arguments, split_words
 from fastgen.config import Recipe
 from fastgen.data.facts import DATASETS
 from fastgen.device import choose_device
 from fastgen.errors import UserError
 from fastgen.nodes import Node, read_json
 from fastgen.recipe import help_text, parse_words, read_recipe
-from fastgen.repeat import split_words
 from fastgen.tables import print_table
 
 # Made here for each process.

@@ -15,7 +15,6 @@ decides the weights: an entry that was begun goes on as it was begun.
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import time
@@ -37,12 +36,9 @@ from fastgen.errors import FastgenError, UserError, command
 from fastgen.nodes import Node, read_json
 from fastgen.recipe import load_text, read_recipe
 from fastgen.stop import StopRequest
+from fastgen.trainings import POLL_SECONDS, STOPPED_CODES, stop_trainings, training_command
 
 QUEUE = ROOT / "benchmarks" / "queue.yaml"
-# Longer than any save takes. A training that outlives it is killed, and loses what it did since its last save.
-GRACE_SECONDS = 60.0
-POLL_SECONDS = 0.1
-STOPPED_CODES = {128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -193,22 +189,13 @@ def _train(experiment: Experiment, deadline: float, stop: StopRequest) -> int:
         its exit code; negative: the signal that ended it.
     """
     # A session of its own: a Ctrl-C in the terminal reaches this process alone, which passes it on once.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastgen.train", *experiment.words], cwd=ROOT, start_new_session=True
-    )
+    process = subprocess.Popen(training_command(experiment.words), cwd=ROOT, start_new_session=True)
     try:
         while process.poll() is None and time.monotonic() < deadline and not stop.requested:
             time.sleep(POLL_SECONDS)
-        if process.poll() is None:
-            process.terminate()
-        return process.wait(GRACE_SECONDS if time.monotonic() >= deadline or stop.requested else None)
-    except subprocess.TimeoutExpired:
-        print(f"{experiment.entry.name}: did not end within {GRACE_SECONDS:g} s of SIGTERM: killed", flush=True)
-        return -signal.SIGTERM
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        stop_trainings([process])
+    return process.returncode
 
 
 def append_new_rows(path: Path, experiment: Experiment) -> None:

@@ -24,16 +24,16 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.common import RESULTS, append_rows, facts_line, machine_facts, read_rows
-from fastgen.arguments import Arguments
+from fastgen.arguments import Arguments, split_words
 from fastgen.config import Recipe
 from fastgen.device import choose_device
 from fastgen.errors import FastgenError, Stopped, UserError, command
 from fastgen.nodes import Node, read_json
 from fastgen.recipe import help_text, parse_words, read_recipe
-from fastgen.record import run_dir
-from fastgen.repeat import POLL_SECONDS, read_events, split_words, stop_trainings, training_command
+from fastgen.record import read_events, run_dir
 from fastgen.stop import StopRequest
 from fastgen.tables import print_table
+from fastgen.trainings import POLL_SECONDS, stop_trainings, training_command
 
 OWN_WORDS = ("--top1_error", "--generation", "--results")
 # Of one machine: they say nothing about what was trained.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Sequence
 from typing import NoReturn
 
 from fastgen.errors import UserError
@@ -28,3 +30,28 @@ def at_least_one(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is below 1")
     return value
+
+
+def split_words(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts a command line into a command's own words, `--seeds=0` or `--seeds 0`, and those of the recipe.
+
+    Args:
+        words: without the program's name.
+        names: of the command's own arguments, such as `--seeds`.
+
+    Raises:
+        UserError: one of its own is given twice.
+    """
+    own: list[str] = []
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word in names:
+            # Its value is the next word.
+            own += [word, *itertools.islice(left, 1)]
+        else:
+            (own if word.partition("=")[0] in names else rest).append(word)
+    for name in names:
+        if sum(word.partition("=")[0] == name for word in own) > 1:
+            raise UserError(f"{name} is given twice: keep one")
+    return own, rest

@@ -6,6 +6,7 @@ generation_<g> -> the node that holds model.safetensors (and checkpoint.pt while
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -102,6 +103,14 @@ def _difference(stored: Path, recipe: Recipe) -> str:
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in recipe.identity().items() for key, value in keys.items()}
+
+
+def read_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """Events of a run folder; none where there is no events.jsonl. Halves of lines, which kills leave, are left out."""
+    path = folder / "events.jsonl"
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+            yield json.loads(line)
 
 
 class Recorder:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import itertools
-import json
 import os
 import shlex
 import signal
@@ -22,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -32,7 +30,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from fastgen.arguments import Arguments, at_least_one
+from fastgen.arguments import Arguments, at_least_one, split_words
 from fastgen.config import Recipe
 from fastgen.data import open_dataset
 from fastgen.device import choose_device
@@ -42,19 +40,15 @@ from fastgen.nodes import read_json
 from fastgen.plan import Generation, describe, make_plan
 from fastgen.progress import PatientConsole
 from fastgen.recipe import help_text, parse_words, read_recipe
-from fastgen.record import run_dir
+from fastgen.record import read_events, run_dir
 from fastgen.stop import StopRequest
 from fastgen.tables import print_table
+from fastgen.trainings import POLL_SECONDS, STOPPED_CODES, stop_trainings, training_command
 
 OWN_WORDS = ("--seeds", "--at_once")
-# Longer than any save takes. A training that outlives it is killed, and loses what it did since its last save.
-GRACE_SECONDS = 60.0
 # For the last lines of a process that is over: a process of its own that it left behind may hold the pipe for ever.
 LAST_LINES_SECONDS = 5.0
-POLL_SECONDS = 0.1
-STOPPED_CODES = {128 + signal.SIGTERM, -signal.SIGTERM}
 PROGRESS_EVENTS = ("generation_begin", "step", "epoch")
-PR_SET_PDEATHSIG = 1
 
 
 class RepeatsFailed(FastgenError):
@@ -172,47 +166,6 @@ def threads_each(device: torch.device, at_once: int) -> int | None:
     return max(1, len(os.sched_getaffinity(0)) // at_once)
 
 
-def training_command(words: Sequence[str]) -> list[str]:
-    """Command line of a process that trains, and that is told to stop when this one dies."""
-    return [sys.executable, "-c", "from fastgen.repeat import train_under; train_under()", str(os.getpid()), *words]
-
-
-def train_under() -> None:
-    """What such a process runs: `python -m fastgen.train`, saved and ended when its parent is gone.
-
-    The process asks for the signal itself. Between fork and exec, where a `preexec_fn` would do so, no Python may
-    run safely in a process that has threads, and whoever imports torch has some. The system sends it when the thread
-    that started the process ends, so trainings are started from the main thread.
-    """
-    parent, *words = sys.argv[1:]
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl: the end of the parent cannot be watched")
-    if os.getppid() != int(parent):
-        # It died before it could be watched.
-        sys.exit(128 + signal.SIGTERM)
-    from fastgen import train
-
-    # As if called by -m: the run's record keeps the command line.
-    sys.argv = [train.__file__, *words]
-    sys.exit(command(train.main, words))
-
-
-def stop_trainings(processes: Sequence[subprocess.Popen[Any]]) -> None:
-    """Asks each process once to save and end, waits for all of them, and kills those that do not end in time."""
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            print(f"process {process.pid} did not end within {GRACE_SECONDS:g} s of SIGTERM: killed", flush=True)
-
-
 def run_repeats(repeats: Sequence[Repeat], at_once: int, threads: int | None, stop: StopRequest) -> Session:
     """Runs all repeats, as many at the same time as may; on a signal, stops those that run and starts no more.
 
@@ -276,14 +229,6 @@ def _end(one: Running, console: PatientConsole) -> Ended:
 
 def _say(console: PatientConsole, text: str) -> None:
     console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """Events of a run folder; none where there is no events.jsonl. Halves of lines, which kills leave, are left out."""
-    path = folder / "events.jsonl"
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-            yield json.loads(line)
 
 
 def trained_images(events: Sequence[Mapping[str, Any]], images: int, batch_size: int, until: float) -> int:
@@ -419,31 +364,6 @@ def _name(words: Sequence[str]) -> str:
 
 def _listed(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
-
-
-def split_words(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts a command line into a command's own words, `--seeds=0` or `--seeds 0`, and those of the recipe.
-
-    Args:
-        words: without the program's name.
-        names: of the command's own arguments, such as `--seeds`.
-
-    Raises:
-        UserError: one of its own is given twice.
-    """
-    own: list[str] = []
-    rest: list[str] = []
-    left = iter(words)
-    for word in left:
-        if word in names:
-            # Its value is the next word.
-            own += [word, *itertools.islice(left, 1)]
-        else:
-            (own if word.partition("=")[0] in names else rest).append(word)
-    for name in names:
-        if sum(word.partition("=")[0] == name for word in own) > 1:
-            raise UserError(f"{name} is given twice: keep one")
-    return own, rest
 
 
 def _seeds(text: str) -> list[int]:

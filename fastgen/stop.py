@@ -1,14 +1,18 @@
-"""SIGTERM, SIGINT and SIGHUP (a lost connection) ask for a stop at the next step; a second one stops at once."""
+"""SIGTERM, SIGINT and SIGHUP (a lost connection) ask for a stop at the next step; another one later stops at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 from fastgen.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# One request may come as several signals: a terminal tells its whole group and a launcher passes it on, and the system
+# tells of a parent's end once for each of its threads.
+SAME_REQUEST_SECONDS = 1.0
 
 
 class StopRequest:
@@ -16,6 +20,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._number: int | None = None
+        self._asked_at = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -42,7 +47,8 @@ class StopRequest:
             raise Stopped(self._number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._number is not None:
+        if self._number is None:
+            self._number, self._asked_at = number, time.monotonic()
+        elif time.monotonic() - self._asked_at >= SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._number = number

@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgen import repeat, train
+from fastgen import record, repeat, train, trainings
 from fastgen.errors import Stopped, command
 from fastgen.progress import PatientConsole
 from fastgen.repeat import Ended, Session
@@ -69,7 +69,7 @@ def folders(recipe: Path) -> dict[int, Path]:
 
 
 def times(run: Path, kind: str) -> list[float]:
-    return [event["time"] for event in repeat.read_events(run) if event["event"] == kind]
+    return [event["time"] for event in record.read_events(run) if event["event"] == kind]
 
 
 def start(recipe: Path, *more: str) -> subprocess.Popen[str]:
@@ -132,7 +132,7 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(recipe, alone):
     line = next(line for line in out.splitlines() if line.startswith("go on with: python -m fastgen.repeat "))
     assert command(repeat.main, shlex.split(line)[6:]) == 0
     assert {seed: fingerprint(run) for seed, run in runs.items()} == alone
-    resumed = [e["step"] for run in runs.values() for e in repeat.read_events(run) if e["event"] == "generation_begin"]
+    resumed = [e["step"] for run in runs.values() for e in record.read_events(run) if e["event"] == "generation_begin"]
     assert sum(step > 0 for step in resumed) == 2
 
 
@@ -161,7 +161,7 @@ def _alive(number: int) -> bool:
 
 
 def test_a_training_without_its_parent_does_not_begin(tmp_path):
-    words = repeat.training_command(["--cfg", "nothing.yaml"])
+    words = trainings.training_command(["--cfg", "nothing.yaml"])
     words[3] = "1" if os.getpid() != 1 else "2"
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + signal.SIGTERM
@@ -333,7 +333,7 @@ def test_the_full_time_ends_when_a_place_stays_empty(monkeypatch, recipe):
 
 
 def test_who_does_not_stop_in_time_is_killed_and_named(monkeypatch, recipe, capfd):
-    monkeypatch.setattr(repeat, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(trainings, "GRACE_SECONDS", 0.5)
     stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     stop = StopRequest()
     original = repeat.show_lines

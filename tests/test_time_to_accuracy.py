@@ -17,7 +17,7 @@ from benchmarks import time_to_accuracy as tta
 from benchmarks.time_to_accuracy import Curve, Point
 from fastgen import train
 from fastgen.errors import command
-from fastgen.repeat import read_events
+from fastgen.record import read_events
 
 EPOCHS = 5
 RECIPE = """
