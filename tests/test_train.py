@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgen import supply, trainer
+from fastgen import learner, supply
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import Stopped, UserError
 from fastgen.evaluate import main as evaluate_main
@@ -143,14 +143,14 @@ def test_other_init_seed_gives_other_weights_under_the_same_views(finished, monk
 
 def test_students_start_fresh(finished, monkeypatch):
     started = []
-    original = trainer.initialise
+    original = learner.initialise
 
     def recorded(model, seed):
         original(model, seed)
         started.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return model
 
-    monkeypatch.setattr(trainer, "initialise", recorded)
+    monkeypatch.setattr(learner, "initialise", recorded)
     main(words_of(finished, "fresh", f"--run.nodes={finished / 'fresh_nodes'}"))
     assert len(started) == 3
     for student in (1, 2):
@@ -174,14 +174,14 @@ def test_teacher_and_student_see_the_same_pixels(finished, monkeypatch):
         return replace(teach, network=network)
 
     monkeypatch.setattr(supply, "make_teacher", recorded)
-    build = trainer.build_model
+    build = learner.build_model
 
     def watched(*arguments):
         model = build(*arguments)
         model.register_forward_pre_hook(lambda module, inputs: seen["student"].append(inputs[0].clone()))
         return model
 
-    monkeypatch.setattr(trainer, "build_model", watched)
+    monkeypatch.setattr(learner, "build_model", watched)
     nodes = finished / "nodes"
     main(
         words_of(
