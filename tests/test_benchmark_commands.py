@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks import __main__ as everything
-from benchmarks import common, losses, opcount, opcount_steps, rigs, teacher
+from benchmarks import common, losses, losses_cases, opcount, opcount_steps, rigs, teacher
 from benchmarks.common import Floor
 from benchmarks.operators import Count, OperatorCounter
 from fastgen.data.batch import Batch
@@ -136,7 +136,7 @@ def test_a_graph_break_is_told():
 
 
 def _case(objective, rows, classes, precision="bf16"):
-    return losses.Case(objective, rows, classes, precision)
+    return losses_cases.Case(objective, rows, classes, precision)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_inputs_are_larger_than_the_cache_or_the_table_says_so():
     large, small = _case("tolerant", 1024, 1000), _case("tolerant", 128, 100)
     assert large.copies == 63
     assert "CACHE" not in large.rotation
-    assert small.copies == losses.MOST_COPIES
+    assert small.copies == losses_cases.MOST_COPIES
     assert "WITHIN THE CACHE" in small.rotation
-    assert not torch.equal(losses.draw(small, CPU, 0).z_BC, losses.draw(small, CPU, 1).z_BC)
+    assert not torch.equal(losses_cases.draw(small, CPU, 0).z_BC, losses_cases.draw(small, CPU, 1).z_BC)
 
 
 def _result(case, eager, compiled, fused, error=1e-9):
     seconds = {"eager": (eager,) * 3, "compile": (compiled,) * 3, "fused": (fused,) * 3}
-    errors = dict.fromkeys(losses.CANDIDATES, losses.Errors(1e-9, error))
+    errors = dict.fromkeys(losses_cases.CANDIDATES, losses_cases.Errors(1e-9, error))
     return losses.Result(case, errors, common.Timings(seconds))
 
 
@@ -213,7 +213,7 @@ def test_losses_are_not_measured_without_a_gpu(capsys):
 
 
 SMALLEST = [
-    _case(name, 3, 40, precision) for name, precision in zip(losses.OBJECTIVES, ["bf16", "fp16"] * 2, strict=True)
+    _case(name, 3, 40, precision) for name, precision in zip(losses_cases.OBJECTIVES, ["bf16", "fp16"] * 2, strict=True)
 ]
 
 
@@ -229,13 +229,13 @@ def test_all_candidates_compute_the_same(capsys, monkeypatch, tmp_path):
 
 @without_gpu
 def test_a_candidate_that_computes_something_else_is_told(capsys, monkeypatch, tmp_path):
-    right = losses.fused_call
+    right = losses_cases.fused_call
 
     def wrong(objective):
         call = right(objective)
         return lambda inputs: (call(inputs)[0] * 1.001, call(inputs)[1])
 
-    monkeypatch.setattr(losses, "fused_call", wrong)
+    monkeypatch.setattr(losses_cases, "fused_call", wrong)
     monkeypatch.setattr(losses, "SMALL_CASES", SMALLEST[:1])
     assert command(losses.main, ["--device=cpu", f"--results={tmp_path}"]) == 1
     assert "FAIL  tolerant, (3, 40) bf16: error of the loss" in capsys.readouterr().out
@@ -243,12 +243,12 @@ def test_a_candidate_that_computes_something_else_is_told(capsys, monkeypatch, t
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("objective", losses.OBJECTIVES)
+@pytest.mark.parametrize("objective", losses_cases.OBJECTIVES)
 def test_captured_candidates_compute_the_same_and_are_timed(objective):
     case = _case(objective, 128, 100)
     result = losses.time_case(case, torch.device("cuda"), rounds=2, replays=2, until=torch.inf)
     assert all(floor.passed for floor in losses.floors(result)[:2]), result.errors
-    assert all(result.microseconds(name).median > 0 for name in losses.CANDIDATES)
+    assert all(result.microseconds(name).median > 0 for name in losses_cases.CANDIDATES)
 
 
 def _small_case(batch_size=8):
