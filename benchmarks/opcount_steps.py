@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from fastgen.grade import Graded, make_grade
 from fastgen.kernels.views import execute_views
 from fastgen.learner import Learner
 from fastgen.lessons import LookAhead
+from fastgen.meters import Meter, Tally
 from fastgen.models.norm_act import fuse_norm_act
 from fastgen.optim import make_optimizer
 from fastgen.plan import Objective
@@ -190,22 +191,33 @@ def _taker(
     if teacher is not None and live is None:
         ahead = LookAhead(source, teacher, prepare, max(1, kind.graph_steps), FACTS.classes)
     if kind.graph_steps:
-        return _program(Plant(
+        return _program(counter, Plant(
             learner, Supply(source, lambda batch: batch, prepare, None, "", None, source, ahead), train,
             ROWS * kind.graph_steps, [], FACTS.channels, False, CPU,
         ))  # fmt: skip
     batch = _batch(kind, with_logits=kind.role == "student" and teacher is None)
 
     def step() -> int:
-        return learner.step(batch if ahead is None else ahead.taught(batch), LR).count
+        return _metered([learner.step(batch if ahead is None else ahead.taught(batch), LR)], counter)
 
     return step
 
 
-def _program(plant: Plant) -> Callable[[], int]:
+def _metered(tallies: Iterable[Tally], counter: OperatorCounter) -> int:
+    """Keeps what steps came to, as the trainer does; tells how many steps they were."""
+    meter, steps = Meter(), 0
+    for tally in tallies:
+        counter.phase = "meter"
+        meter.add(steps, tally)
+        steps += tally.count
+        counter.phase = "forward"
+    return steps
+
+
+def _program(counter: OperatorCounter, plant: Plant) -> Callable[[], int]:
     engine = GraphEngine(plant)
     views = training_views(np.arange(plant.samples), _case("resnet20").crop, data_seed=0, generation=0, epoch=0)
-    return lambda: sum(tally.count for tally in engine.epoch(views, 0, [LR] * plant.train.graph_steps))
+    return lambda: _metered(engine.epoch(views, 0, [LR] * plant.train.graph_steps), counter)
 
 
 class _FakeSource:

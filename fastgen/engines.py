@@ -136,7 +136,8 @@ class GraphEngine:
     def how(self) -> str:
         """See `Engine.how`."""
         steps = 1 if self._plant.supply.source is None else max(steps for _, steps in self._pieces(0))
-        return f"graphs of {steps} steps" if self._capture else f"programs of {steps} steps, not captured: no GPU"
+        size = f"{steps} step{'s' if steps > 1 else ''}"
+        return f"graphs of {size}" if self._capture else f"programs of {size}, not captured: no GPU"
 
     def epoch(self, views: EpochViews, first_batch: int, lrs: Sequence[float]) -> Iterator[Tally]:
         """See `Engine.epoch`."""
