@@ -27,7 +27,7 @@ from fastgen.data.split import Split
 from fastgen.errors import Stopped
 from fastgen.meters import Tally
 from fastgen.plan import Objective
-from fastgen.trainer import Training
+from fastgen.training import Training
 
 OBJECTIVES = {"patriarch": PATRIARCH, "student": STUDENT}
 LEARN_STEPS = 40

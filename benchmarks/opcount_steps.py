@@ -20,8 +20,10 @@ from fastgen.augment import Normaliser
 from fastgen.crops import TABLE_COLUMNS, Int64
 from fastgen.data.batch import Batch, Columns
 from fastgen.data.facts import DATASETS
+from fastgen.distributed import ALONE
 from fastgen.engines import GraphEngine, Plant
 from fastgen.grade import Graded, make_grade
+from fastgen.gradients import Reducer
 from fastgen.kernels.views import execute_views
 from fastgen.learner import Learner
 from fastgen.lessons import LookAhead
@@ -184,7 +186,8 @@ def _taker(
     working = _MarkingCopy(network, DTYPES[PRECISION], counter)
     live = teacher if kind.teacher == "folded" else None
     forward = _marking(_forward(model, kind, working.network, live), counter)
-    learner = Learner(network, working, make_optimizer(network, train), make_scaler(train, CPU), forward)
+    reducer = Reducer(forward, working, ALONE, CPU)
+    learner = Learner(network, working, make_optimizer(network, train), make_scaler(train, CPU), reducer)
     prepare = make_prepare(_case(model).normaliser(DTYPES[PRECISION]))
     source = _FakeSource(_case(model).normaliser(DTYPES[PRECISION]))
     ahead = None

@@ -29,11 +29,10 @@ from benchmarks.common import RESULTS, ROOT, append_rows, positive_minutes, read
 from benchmarks.rigs import Way
 from benchmarks.verdicts import fastest
 from fastgen.arguments import Arguments
-from fastgen.checkpoint import load_checkpoint
 from fastgen.config import Recipe, hash_of
 from fastgen.device import choose_device
 from fastgen.errors import FastgenError, UserError, command
-from fastgen.nodes import Node, read_json
+from fastgen.nodes import Node, read_json, step_of
 from fastgen.recipe import load_text, read_recipe
 from fastgen.stop import StopRequest
 from fastgen.trainings import POLL_SECONDS, STOPPED_CODES, stop_trainings, training_command
@@ -112,8 +111,8 @@ class Experiment:
         if not self.folder.exists():
             return "not begun"
         generation = self.measured
-        checkpoint = Node(self.folder / f"generation_{generation}").checkpoint
-        step = load_checkpoint(checkpoint)["step"] if checkpoint.exists() else 0
+        saved = Node(self.folder / f"generation_{generation}").checkpoints
+        step = step_of(saved[0]) if saved else 0
         return f"generation {generation} step {step}"
 
 

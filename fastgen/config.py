@@ -50,6 +50,9 @@ class RunSettings:
         False, "same bits in every run on a GPU, at some cost; on a CPU they are the same anyway", decides=False
     )
     save_minutes: float = setting(5.0, "time between two checkpoints", decides=False)
+    stop_after_minutes: float | None = setting(
+        None, "save and stop when the command has run for so long, as a signal would; for batch systems", decides=False
+    )
     log_every_steps: int = setting(
         50, "steps between two log lines; only there the loop waits for the device", decides=False
     )
@@ -212,6 +215,30 @@ class GenSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistSettings:
+    """dist: several processes that train together, one a GPU; batches and learning rates do not depend on how many"""
+
+    processes: int | None = setting(
+        None, "processes on this machine; default one for each GPU, one on a CPU", decides=False
+    )
+    batchnorm: Literal["local", "synchronised"] = setting(
+        "local",
+        "local: each process's part of a batch has statistics of its own; synchronised: the whole batch has",
+        silent=True,
+    )
+    buffers: Literal["mean", "first"] = setting(
+        "mean", "running statistics of batch-norm: the mean over the processes, or those of the first", silent=True
+    )
+    timeout_minutes: float = setting(
+        10.0, "a process that does not answer the others for so long ends the run, and is named", decides=False
+    )
+    max_restarts: int = setting(
+        3, "how often all processes are started again where one of them was lost, to go on from the last save",
+        decides=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole recipe. Construction checks every rule; a broken one raises UserError."""
 
@@ -221,6 +248,7 @@ class Recipe:
     train: TrainSettings
     gen: GenSettings = field(default_factory=GenSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    dist: DistSettings = field(default_factory=DistSettings)
 
     def __post_init__(self) -> None:
         check_recipe(self)
@@ -264,6 +292,7 @@ SECTIONS: dict[str, type] = {
     "train": TrainSettings,
     "gen": GenSettings,
     "teacher": TeacherSettings,
+    "dist": DistSettings,
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,9 @@ from fastgen.data.batch import Batch, DeviceSource, to_device
 from fastgen.learner import Learner
 from fastgen.meters import Tally
 from fastgen.programs import Capture, Program
-from fastgen.shapes import Shape, group_sizes
+from fastgen.shapes import Shape, group_sizes, own_size
 from fastgen.supply import Supply
-from fastgen.views import EpochViews
+from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
 
 class Engine(Protocol):
@@ -49,10 +50,11 @@ class Plant:
         supply: of batches.
         train: settings of the training.
         samples: in an epoch.
-        shapes: of all batches.
+        shapes: of all batches, each whole.
         channels: of an image.
         jitter: whether views carry jitter.
         device: where it runs.
+        share: of each batch, that this process takes.
     """
 
     learner: Learner
@@ -63,9 +65,20 @@ class Plant:
     channels: int
     jitter: bool
     device: torch.device
+    share: Share = WHOLE
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Images of each batch of an epoch, whole."""
+        size, samples = self.train.batch_size, self.samples
+        return [min(size, samples - begin) for begin in range(0, samples, size)]
+
+    def own(self, shape: Shape) -> Shape:
+        """What falls to this process of a batch of this shape."""
+        return own_size(shape[0], self.share), *shape[1:]
 
     def blank(self, shape: Shape) -> Batch:
-        """Black images of class 0, as the data set's loader would give them."""
+        """So many black images of class 0, as the data set's loader would give them."""
         count, height_px, width_px = shape
         image_shape = (count, self.channels, height_px, width_px)
         images_NCHW = torch.zeros(image_shape, dtype=torch.uint8, device=self.device)
@@ -89,17 +102,19 @@ class StepByStep:
 
     def epoch(self, views: EpochViews, first_batch: int, lrs: Sequence[float]) -> Iterator[Tally]:
         """See `Engine.epoch`."""
-        batches = self._plant.supply.loader.batches(views, self._plant.train.batch_size, first_batch)
-        for batch, lr in zip(batches, lrs, strict=True):
-            yield self._plant.learner.step(batch, lr)
+        plant = self._plant
+        batches = plant.supply.loader.batches(views, plant.train.batch_size, first_batch, plant.share)
+        for batch, lr, images in zip(batches, lrs, plant.batch_sizes[first_batch:], strict=True):
+            yield plant.learner.step(batch, lr, images)
 
     def _rehearse(self) -> None:
         """Compiles, and lets libraries choose their algorithms."""
         plant = self._plant
         _rehearse_teacher(plant)
         with plant.learner.preserved():
+            # Every process takes as many steps here: shapes are told apart by their whole batches.
             for shape in plant.shapes:
-                plant.learner.step(plant.supply.dress(plant.blank(shape)), 0.0)
+                plant.learner.step(plant.supply.dress(plant.blank(plant.own(shape))), 0.0, shape[0])
 
 
 def _rehearse_teacher(plant: Plant) -> None:
@@ -108,7 +123,7 @@ def _rehearse_teacher(plant: Plant) -> None:
     if ahead is None:
         return
     for side in {shape[1:] for shape in plant.shapes}:
-        for count in group_sizes(plant.samples, plant.train.batch_size, ahead.count):
+        for count in group_sizes(plant.samples, plant.train.batch_size, ahead.count, plant.share):
             ahead.taught(plant.blank((count, *side)))
 
 
@@ -121,12 +136,13 @@ class GraphEngine:
 
     def __init__(self, plant: Plant) -> None:
         self._plant = plant
-        self._capture = Capture() if plant.device.type == "cuda" else None
+        self._capture = Capture(plant.learner.group.world) if plant.device.type == "cuda" else None
         source = plant.supply.source
+        programs: dict[tuple[int, ...], Program]
         if source is None:
             _rehearse_teacher(plant)
-            dressed = [plant.supply.dress(plant.blank(shape)) for shape in plant.shapes]
-            programs = {tuple(batch.images_NCHW.shape): self._of_batch(batch) for batch in dressed}
+            # By whole batches, so that every process has as many, and warms up as often.
+            programs = {shape: self._of_shape(shape) for shape in plant.shapes}
         else:
             programs = {piece: self._of_source(source, *piece) for piece in self._pieces(0)}
         self._programs: dict[tuple[int, ...], Program] = {}
@@ -148,10 +164,13 @@ class GraphEngine:
         return self._epoch_streamed(views, first_batch, lrs_S)
 
     def _epoch_of(self, source: DeviceSource, views: EpochViews, first_batch: int, lrs_S: Tensor) -> Iterator[Tally]:
-        columns = source.columns(views, views.order[first_batch * self._plant.train.batch_size :])
+        batch_size, share = self._plant.train.batch_size, self._plant.share
+        columns = source.columns(
+            views, np.concatenate(list(batch_positions(views.order, batch_size, first_batch, share)))
+        )
         sample = step = 0
         for size, steps in self._pieces(first_batch):
-            part = slice(sample, sample + size * steps)
+            part = slice(sample, sample + own_size(size, share) * steps)
             if (size, steps) not in self._programs:
                 # A session before this one stopped where its own programs ended.
                 self._make_ready({(size, steps): self._of_source(source, size, steps)})
@@ -160,13 +179,14 @@ class GraphEngine:
             sample, step = part.stop, step + steps
 
     def _epoch_streamed(self, views: EpochViews, first_batch: int, lrs_S: Tensor) -> Iterator[Tally]:
-        batches = self._plant.supply.loader.batches(views, self._plant.train.batch_size, first_batch)
-        for step, batch in enumerate(batches):
-            program = self._programs[tuple(batch.images_NCHW.shape)]
+        plant = self._plant
+        batches = plant.supply.loader.batches(views, plant.train.batch_size, first_batch, plant.share)
+        for step, (batch, images) in enumerate(zip(batches, plant.batch_sizes[first_batch:], strict=True)):
+            program = self._programs[images, views.height_px, views.width_px]
             yield program.run(_columns_of(batch), lrs_S[step : step + 1])
 
     def _pieces(self, first_batch: int) -> Iterator[tuple[int, int]]:
-        """(images in a batch, batches) of each program that runs in the rest of an epoch.
+        """(images in a whole batch, batches) of each program that runs in the rest of an epoch.
 
         What is too short for a whole program still asks its teacher for as many batches at once as others do: the same
         groups, whatever `graph_steps` is.
@@ -185,14 +205,18 @@ class GraphEngine:
         def body(columns: Mapping[str, Tensor], lrs: Tensor) -> Tally:
             return self._steps(source.execute(columns), size, lrs)
 
-        return Program(body, source.blank(size * steps, self._plant.jitter), steps, self._plant.device)
+        count = own_size(size, self._plant.share) * steps
+        return Program(body, source.blank(count, self._plant.jitter), steps, self._plant.device)
 
-    def _of_batch(self, batch: Batch) -> Program:
+    def _of_shape(self, shape: Shape) -> Program:
+        plant = self._plant
+
         def body(columns: Mapping[str, Tensor], lrs: Tensor) -> Tally:
-            return Tally.of([self._plant.learner.step(Batch(**columns), lrs[0])])
+            return Tally.of([plant.learner.step(Batch(**columns), lrs[0], shape[0])])
 
+        batch = plant.supply.dress(plant.blank(plant.own(shape)))
         inputs = {name: column.clone() for name, column in _columns_of(batch).items()}
-        return Program(body, inputs, 1, self._plant.device)
+        return Program(body, inputs, 1, plant.device)
 
     def _make_ready(self, programs: Mapping[tuple[int, ...], Program]) -> None:
         """Warms all of them up, then captures them, the largest first: the others find their memory in its own."""
@@ -204,16 +228,16 @@ class GraphEngine:
         self._programs |= programs
 
     def _steps(self, whole: Batch, size: int, lrs: Tensor) -> Tally:
-        """Takes the steps of the batches that lie behind each other in this one."""
-        ahead, tallies = self._plant.supply.ahead, []
+        """Takes the steps of the batches of so many images, whole, whose shares lie behind each other in this one."""
+        ahead, tallies, own = self._plant.supply.ahead, [], own_size(size, self._plant.share)
         at_once = 1 if ahead is None or len(lrs) % ahead.count else ahead.count
         for first in range(0, len(lrs), at_once):
-            group = whole[first * size : (first + at_once) * size]
+            group = whole[first * own : (first + at_once) * own]
             if ahead is not None:
                 group = ahead.taught(group)
             for number in range(at_once):
-                batch = group[number * size : (number + 1) * size]
-                tallies.append(self._plant.learner.step(batch, lrs[first + number]))
+                batch = group[number * own : (number + 1) * own]
+                tallies.append(self._plant.learner.step(batch, lrs[first + number], size))
         return Tally.of(tallies)
 
 

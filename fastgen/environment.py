@@ -27,8 +27,13 @@ PACKAGES = (
 )
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, processor, device, commit and command line as plain values."""
+def describe_environment(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Versions, processor, device, commit and command line as plain values.
+
+    Args:
+        device: of this process.
+        processes: of the run.
+    """
     return {
         "fastgen": __version__,
         "commit": commit(),
@@ -41,6 +46,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device_name(device),
+        "processes": processes,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
     }

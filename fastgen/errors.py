@@ -47,12 +47,37 @@ class Diverged(FastgenError):
         self.ids = list(ids)
 
 
+class LostProcess(MachineError):
+    """Another process of the run hangs or is gone; starting again goes on from the last save.
+
+    Attributes:
+        primary: whether this tells what happened; False: it was noticed from aside, and the other one knows better.
+    """
+
+    def __init__(self, text: str, *, primary: bool) -> None:
+        super().__init__(text)
+        self.primary = primary
+
+
 class Stopped(FastgenError):
-    """A signal asked for a stop; everything up to the last finished step is saved."""
+    """A signal, or the end of the time that was given, asked for a stop; all finished steps are saved."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        over = signal_number == signal.SIGALRM
+        super().__init__(
+            "stopped: the time of run.stop_after_minutes is over"
+            if over
+            else f"stopped by {signal.Signals(signal_number).name}"
+        )
         self.exit_code = 128 + signal_number
+
+
+class Told(FastgenError):
+    """Another process of the run ends it, and says why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code
 
 
 def as_one_line(error: OSError) -> FastgenError:
@@ -101,5 +126,7 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> 
 
 
 def _tell(error: FastgenError) -> None:
+    if isinstance(error, Told):
+        return
     # One line, also where the text quotes a value that spans several.
     print(f"fastgen: {' '.join(str(error).split())}", file=sys.stderr)

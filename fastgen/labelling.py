@@ -22,7 +22,8 @@ from fastgen.data.batch import Loader
 from fastgen.errors import MachineError, UserError
 from fastgen.files import write_json
 from fastgen.labels import CRC_BYTES, CRC_DTYPE, TableKind, table_path
-from fastgen.nodes import InUse, locked, read_json
+from fastgen.locks import InUse, locked
+from fastgen.nodes import read_json
 from fastgen.step import Prepare
 from fastgen.stop import StopRequest
 from fastgen.teacher import Teacher
@@ -95,7 +96,7 @@ def _locked_in_turn(folder: Path, stop: StopRequest, say: Callable[[str], None])
         told = False
         while True:
             try:
-                held.enter_context(locked(folder, "this label table"))
+                held.enter_context(locked(folder, "this label table", check=stop.check))
                 break
             except InUse as holder:
                 stop.check()

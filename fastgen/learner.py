@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgen.batchnorm_sync import synchronise
 from fastgen.config import Recipe, TrainSettings
 from fastgen.data.batch import Batch
 from fastgen.data.facts import Facts
+from fastgen.distributed import ALONE, Group
 from fastgen.grade import Grade, make_grade
+from fastgen.gradients import Reducer
 from fastgen.meters import Tally
 from fastgen.models import build_model, initialise
 from fastgen.optim import make_optimizer, optimizer_state, set_lr
 from fastgen.plan import Generation
-from fastgen.shapes import part_bounds
-from fastgen.step import DTYPES, Forward, Prepare, make_forward, make_scaler
+from fastgen.shapes import own_bounds, own_parts
+from fastgen.step import DTYPES, Prepare, make_forward, make_scaler
 from fastgen.teacher import Teacher
 from fastgen.working_copy import WorkingCopy
 
@@ -34,45 +37,59 @@ class Learner:
         working: what a step runs.
         optimizer: of the model.
         scaler: of gradients, for fp16.
-        forward: of the working copy.
-        accumulate_steps: parts of a batch, whose gradients are added up.
+        reducer: has the forward pass of the working copy, and sums gradients over the processes.
+        group: of the run.
+        accumulate_steps: parts of a batch, of all processes together, whose gradients are added up.
     """
 
     model: nn.Module
     working: WorkingCopy
     optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler
-    forward: Forward
+    reducer: Reducer
+    group: Group = ALONE
     accumulate_steps: int = 1
 
-    def step(self, batch: Batch, lr: float | Tensor) -> Tally:
+    def step(self, batch: Batch, lr: float | Tensor, images: int | None = None) -> Tally:
         """One step of SGD; nothing in it waits for the device.
 
         With accumulate_steps the batch passes in so many parts, whose gradients are added up, weighed by their images:
-        the gradient of the whole batch's mean loss, but for batch-norm, which sees one part at a time.
+        the gradient of the whole batch's mean loss, but for batch-norm, which sees one part at a time. Several
+        processes have at least one part each: two processes take the very step of one that accumulates two parts.
 
         Args:
-            batch: whole.
+            batch: whole, or this process's share of it.
             lr: a number; or fp32 (), on the device, which is read when the step runs.
+            images: in the whole batch; None: this is all of it.
+
+        Returns:
+            what this process's share came to.
         """
         set_lr(self.optimizer, lr)
         # Here and not after the step: measured faster on a CPU (benchmarks/NOTES.md).
         self.optimizer.zero_grad()
         self.working.refresh()
-        images, device = len(batch.labels), batch.labels.device
+        whole, device = len(batch.labels) if images is None else images, batch.labels.device
+        parts, alone = self._parts(batch, whole), self.accumulate_steps == self.group.world == 1
         sizes, losses, correct = [], [], []
-        for part in self._parts(batch):
-            size = len(part.labels)
-            scale = self._scale(None if self.accumulate_steps == 1 else size / images, device)
-            graded = self.forward(part.images_NCHW, part.labels, part.jitter, part.teacher_logits_BC, scale)
+        for number, part in enumerate(parts, 1):
+            size, last = len(part.labels), number == len(parts)
+            scale = self._scale(None if alone else size / whole, device)
+            forward = self.reducer.forward(last)
+            graded = forward(part.images_NCHW, part.labels, part.jitter, part.teacher_logits_BC, scale)
             torch.autograd.backward(graded.root, graded.gradient)
-            self.working.collect()
+            self.reducer.collect(last)
             sizes.append(size)
-            losses.append(graded.loss_sum)
+            losses.append(graded.loss_sum.detach())
             correct.append(graded.correct)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return Tally((0,) * len(sizes), tuple(sizes), tuple(losses), tuple(correct))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.model.parameters()).device
 
     def state(self) -> dict[str, Any]:
         """All that a step changes, for a checkpoint."""
@@ -102,8 +119,8 @@ class Learner:
         self.scaler.load_state_dict(scaler)
         self.optimizer.zero_grad()
 
-    def _parts(self, batch: Batch) -> Sequence[Batch]:
-        bounds = part_bounds(len(batch.labels), self.accumulate_steps)
+    def _parts(self, batch: Batch, images: int) -> Sequence[Batch]:
+        bounds = own_bounds(images, self.accumulate_steps, self.group.share)
         return [batch] if len(bounds) == 2 else [batch[begin:end] for begin, end in itertools.pairwise(bounds)]
 
     def _scale(self, share: float | None, device: torch.device) -> Tensor | None:
@@ -122,6 +139,7 @@ def make_learner(
     train: TrainSettings,
     device: torch.device,
     shapes: int = 2,
+    group: Group = ALONE,
 ) -> Learner:
     """Puts a training step together.
 
@@ -130,12 +148,13 @@ def make_learner(
         grade, teacher, prepare, shapes: see `make_forward`.
         train: settings of the training.
         device: where all of it lives.
+        group: of the run.
     """
     working = WorkingCopy(model, DTYPES[train.precision])
     forward = make_forward(working.network, grade, teacher, prepare, train.engine, shapes)
-    return Learner(
-        model, working, make_optimizer(model, train), make_scaler(train, device), forward, train.accumulate_steps
-    )
+    reducer = Reducer(forward, working, group, device, own_parts(train.accumulate_steps, group.share))
+    optimizer, scaler = make_optimizer(model, train), make_scaler(train, device)
+    return Learner(model, working, optimizer, scaler, reducer, group, train.accumulate_steps)
 
 
 def new_learner(
@@ -146,6 +165,7 @@ def new_learner(
     prepare: Prepare,
     device: torch.device,
     shapes: int,
+    group: Group = ALONE,
 ) -> Learner:
     """A generation before its first step, as its recipe wants it.
 
@@ -155,6 +175,7 @@ def new_learner(
         generation: gives initial weights and objective.
         teacher, prepare, shapes: see `make_forward`.
         device: where all of it lives.
+        group: of the run.
     """
     model = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
     model = initialise(model, generation.init_seed).to(device).to(memory_format=torch.channels_last).train()
@@ -162,5 +183,7 @@ def new_learner(
         from fastgen.models.norm_act import fuse_norm_act
 
         model = fuse_norm_act(model)
+    if recipe.dist.batchnorm == "synchronised" and group.world > 1:
+        model = synchronise(model, device)
     grade = make_grade(generation.objective, fused=recipe.train.kernels == "triton")
-    return make_learner(model, grade, teacher, prepare, recipe.train, device, shapes)
+    return make_learner(model, grade, teacher, prepare, recipe.train, device, shapes, group)

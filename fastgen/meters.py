@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.distributed import ALONE, Group
+
+NEVER = 2**62
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -65,9 +69,14 @@ class Tally:
 
 
 class Meter:
-    """Losses and hits of an epoch. They stay on the device until they are read; keeping them takes no operator."""
+    """Losses and hits of an epoch. They stay on the device until they are read; keeping them takes no operator.
 
-    def __init__(self) -> None:
+    Args:
+        group: whose processes count their shares; a reading is of all of them.
+    """
+
+    def __init__(self, group: Group = ALONE) -> None:
+        self._group = group
         self.reset()
 
     def reset(self) -> None:
@@ -81,13 +90,18 @@ class Meter:
         self._unread.append((first_step, tally))
 
     def read(self) -> Reading:
-        """Waits for the device and tells the means so far."""
+        """Waits for the device and tells the means so far; to be asked for in all processes at once."""
         self._take_in()
-        images = max(self._images, 1)
-        return Reading(self._images, self._loss_sum / images, self._correct / images, self._first_bad_step)
+        own = torch.tensor([self._images, self._loss_sum, self._correct], dtype=torch.float64)
+        counted, loss_sum, correct = self._group.sum(own).tolist()
+        # The first of all processes is the largest of what is negative; a finite loss is never the first.
+        bad = -NEVER if self._first_bad_step is None else -self._first_bad_step
+        (first,) = self._group.most([bad])
+        images = max(counted, 1)
+        return Reading(int(counted), loss_sum / images, correct / images, None if first == -NEVER else -first)
 
     def state(self) -> dict[str, Any]:
-        """Plain values from which `restore` goes on exactly."""
+        """Plain values from which `restore` goes on exactly: of this process."""
         self._take_in()
         return {"images": self._images, "loss_sum": self._loss_sum, "correct": int(self._correct)}
 
@@ -95,6 +109,10 @@ class Meter:
         """Goes on from what `state` told."""
         self.reset()
         self._images, self._loss_sum, self._correct = state["images"], state["loss_sum"], float(state["correct"])
+
+    def restore_sum(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Goes on from what several processes told, in one."""
+        self.restore({name: sum(state[name] for state in states) for name in ("images", "loss_sum", "correct")})
 
     def _take_in(self) -> None:
         """Adds up what is unread: one value after the other, so that the sum does not depend on when it is read."""

@@ -1,23 +1,28 @@
 """The store of generations: one folder a node, named by the hash of all that decides its weights.
 
-<store>/<node>/checkpoint.pt        while it is being trained
-<store>/<node>/model.safetensors    its weights
-<store>/<node>/node.json            written last: it says that the node is finished
+<store>/<node>/checkpoint-<step>.pt            the last two, while it is being trained
+<store>/<node>/checkpoint-<step>.pt.damaged    one that could not be read, for whoever wants to look at it
+<store>/<node>/model.safetensors               its weights
+<store>/<node>/node.json                       written last: it says that the node is finished
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastgen.errors import UserError
 from fastgen.files import write_json
+
+# Without a step: the only one that an older version kept.
+CHECKPOINT = re.compile(r"checkpoint(?:-([0-9]{9,}))?\.pt")
+DAMAGED = re.compile(CHECKPOINT.pattern + r"\.damaged")
+# What `files.write_atomically` leaves of a checkpoint if it is killed.
+HALF = re.compile(r"\.checkpoint.*\.partial")
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,9 @@ class Node:
         return self.folder / "model.safetensors"
 
     @property
-    def checkpoint(self) -> Path:
-        """State of a training under way."""
-        return self.folder / "checkpoint.pt"
+    def checkpoints(self) -> list[Path]:
+        """States of a training under way, newest first."""
+        return checkpoints(self.folder)
 
     @property
     def finished(self) -> bool:
@@ -47,12 +52,10 @@ class Node:
         return (self.folder / "node.json").exists()
 
     def finish(self, identity: dict[str, Any], training: dict[str, Any]) -> None:
-        """Marks the node as finished; the checkpoint is of no more use."""
+        """Marks the node as finished; checkpoints, and whatever is left of them, are of no more use."""
         write_json(self.folder / "node.json", {"node": self.id, "identity": identity, "training": training})
-        self.checkpoint.unlink(missing_ok=True)
-        # Halves of files that kills in the middle of a save have left.
-        for torn in self.folder.glob(f".{self.checkpoint.name}.*.partial"):
-            torn.unlink()
+        for path in [*halves(self.folder), *damaged_checkpoints(self.folder), *reversed(self.checkpoints)]:
+            path.unlink(missing_ok=True)
 
     def facts(self) -> dict[str, Any]:
         """What `finish` wrote: `node`, `identity`, `training`."""
@@ -81,28 +84,45 @@ def find_node(store: Path, node: str) -> Node | None:
     return found if found.finished else None
 
 
-class InUse(UserError):
-    """Another process holds a folder."""
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where a node's state after so many steps is kept."""
+    return folder / f"checkpoint-{step:09d}.pt"
 
 
-@contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Holds a folder for this process alone; the lock goes with the process, however it ends.
+def step_of(checkpoint: Path) -> int:
+    """How many steps were taken before this checkpoint, by its name; -1: it is of an older version, and does not say.
 
     Raises:
-        InUse: another process holds it.
+        ValueError: it has no name of a checkpoint.
     """
-    with open(folder / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise InUse(f"{folder}: {what} is in use by {holder}: wait for it, or name another folder") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
+    found = CHECKPOINT.fullmatch(checkpoint.name)
+    if found is None:
+        raise ValueError(f"{checkpoint}: no name of a checkpoint")
+    return -1 if found[1] is None else int(found[1])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A node's checkpoints, newest first, that of an older version last; [] where there is no such folder."""
+    return sorted(_named(folder, CHECKPOINT), key=step_of, reverse=True)
+
+
+def damaged_checkpoints(folder: Path) -> list[Path]:
+    """Those that could not be read and were set aside."""
+    return _named(folder, DAMAGED)
+
+
+def halves(folder: Path) -> list[Path]:
+    """Halves of checkpoints that kills in the middle of a save have left."""
+    return _named(folder, HALF)
+
+
+def _named(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    # Not glob: that finds nothing in a folder which may not be read, and the training would start afresh.
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in sorted(names) if pattern.fullmatch(name)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,6 +21,8 @@ Body = Callable[[Mapping[str, Tensor], Tensor], Tally]
 
 # Libraries choose their algorithms in the first pass, torch's documentation of graphs asks for three in all.
 WARM_UP_PASSES = 3
+# DistributedDataParallel arranges its memory anew and times itself in its first ten.
+DISTRIBUTED_WARM_UP_PASSES = 11
 
 
 class Program:
@@ -45,7 +47,7 @@ class Program:
             self._call()
             return
         with capture.beside():
-            for _ in range(WARM_UP_PASSES):
+            for _ in range(capture.warm_up_passes):
                 self._call()
 
     def capture(self, capture: Capture | None) -> None:
@@ -87,9 +89,16 @@ class Capture:
 
     One stream for all of them, as torch's allocator gives memory back to the stream alone that it was taken on.
     Programs that run at the same time need a capture each, also for the workspaces that libraries keep by stream.
+
+    Args:
+        processes: that train together.
+
+    Attributes:
+        warm_up_passes: that a program needs before it can be captured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
+        self.warm_up_passes = DISTRIBUTED_WARM_UP_PASSES if processes > 1 else WARM_UP_PASSES
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 

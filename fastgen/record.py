@@ -1,7 +1,7 @@
 """The run folder: recipe, plan, environment, events, results, TensorBoard files; and who watches.
 
 recipe.yaml  plan.json  environment.json  events.jsonl  results.json  tensorboard/
-generation_<g> -> the node that holds model.safetensors (and checkpoint.pt while it trains)
+generation_<g> -> the node that holds model.safetensors (and checkpoint-<step>.pt while it trains)
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
@@ -23,8 +23,9 @@ from fastgen.config import Recipe
 from fastgen.environment import describe_environment
 from fastgen.errors import UserError
 from fastgen.files import write_atomically, write_json
+from fastgen.locks import locked
 from fastgen.meters import Reading
-from fastgen.nodes import Node, locked
+from fastgen.nodes import Node
 from fastgen.plan import Generation
 from fastgen.progress import Display, Leg
 from fastgen.recipe import dump, load_text
@@ -51,8 +52,21 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(recipe: Recipe, plan: Sequence[Generation], device: torch.device) -> Iterator[RunFolder]:
+def open_run(
+    recipe: Recipe,
+    plan: Sequence[Generation],
+    device: torch.device,
+    processes: int = 1,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[RunFolder]:
     """Makes the run folder, or takes up the one that is there, and holds it for this process.
+
+    Args:
+        recipe: of the run.
+        plan: its generations.
+        device: that this process trains on.
+        processes: of the run.
+        check: called while a lock of a process that may be gone is waited for; what it raises ends the waiting.
 
     Raises:
         UserError: it holds another recipe, other files, or is in use; or resuming was ruled out.
@@ -60,10 +74,10 @@ def open_run(recipe: Recipe, plan: Sequence[Generation], device: torch.device) -
     path = run_dir(recipe)
     _refuse_strangers(path, recipe)
     path.mkdir(parents=True, exist_ok=True)
-    with locked(path, "the run folder"):
+    with locked(path, "the run folder", say=lambda text: print(text, flush=True), check=check):
         write_atomically(path / "recipe.yaml", dump(recipe).encode())
         write_json(path / "plan.json", [{"node": g.node, **asdict(g)} for g in plan])
-        write_json(path / "environment.json", describe_environment(device))
+        write_json(path / "environment.json", describe_environment(device, processes))
         yield RunFolder(path)
 
 
@@ -117,29 +131,31 @@ class Recorder:
     """Tells events to events.jsonl, to TensorBoard and to the display.
 
     Args:
-        folder: run folder.
+        folder: run folder; None: tells nobody, as another process of the run does.
         console: of the display.
         to_train: indices of the generations that this session has still to train.
         last_index: of the run's last generation.
     """
 
-    def __init__(self, folder: Path, console: Console, to_train: Sequence[int], last_index: int) -> None:
+    def __init__(self, folder: Path | None, console: Console, to_train: Sequence[int], last_index: int) -> None:
         self.folder = folder
         self.display = Display(console)
         self._to_train = tuple(to_train)
         self._last_index = last_index
-        self._events = (folder / "events.jsonl").open("a+b", buffering=0)
-        self._end_torn_line()
+        self._events = None if folder is None else (folder / "events.jsonl").open("a+b", buffering=0)
+        if self._events is not None:
+            _end_torn_line(self._events)
         self._board: Any = None
 
     def begin(
         self, generation: Generation, schedule: Schedule, images: int, first_step: int, facts: Mapping[str, Any]
     ) -> None:
         """A generation starts, or goes on at `first_step`."""
-        from torch.utils.tensorboard import SummaryWriter
+        if self.folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
 
-        folder = self.folder / "tensorboard" / f"generation_{generation.index}"
-        self._board = SummaryWriter(str(folder), purge_step=first_step)
+            folder = self.folder / "tensorboard" / f"generation_{generation.index}"
+            self._board = SummaryWriter(str(folder), purge_step=first_step)
         self._generation = generation.index
         self.event("generation_begin", generation=generation.index, node=generation.node, step=first_step, **facts)
         left = sum(index > generation.index for index in self._to_train)
@@ -158,15 +174,16 @@ class Recorder:
         """A reading of the device's sums."""
         values = {"loss": reading.loss, "accuracy": reading.accuracy, "lr": lr, "images_per_second": images_per_second}
         self.event("step", generation=self._generation, step=step, **values)
-        for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"train/{name}", value, step)
         self.display.log(reading, lr)
 
     def epoch(self, step: int, row: Mapping[str, Any]) -> None:
         """An epoch ended."""
         self.event("epoch", generation=self._generation, step=step, **row)
         for name in ("top1_error", "top5_error"):
-            if name in row:
+            if name in row and self._board is not None:
                 self._board.add_scalar(f"evaluation/{name}", row[name], step)
 
     def end_generation(self) -> None:
@@ -178,6 +195,8 @@ class Recorder:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Appends one line to events.jsonl."""
+        if self._events is None:
+            return
         line = json.dumps({"event": kind, "time": round(time.time(), 3), **facts})
         self._events.write(line.encode() + b"\n")
 
@@ -188,9 +207,11 @@ class Recorder:
     def close(self) -> None:
         """Closes the files."""
         self.end_generation()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
-    def _end_torn_line(self) -> None:
-        """A kill in the middle of a line leaves half of one: it is closed, so that the next stands alone."""
-        if self._events.tell() and os.pread(self._events.fileno(), 1, self._events.tell() - 1) != b"\n":
-            self._events.write(b"\n")
+
+def _end_torn_line(events: IO[bytes]) -> None:
+    """A kill in the middle of a line leaves half of one: it is closed, so that the next stands alone."""
+    if events.tell() and os.pread(events.fileno(), 1, events.tell() - 1) != b"\n":
+        events.write(b"\n")

@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastgen.config import hash_of
-from fastgen.evaluate import evaluation_normaliser, load_network, measure, measure_ensemble
+from fastgen.data.batch import Loader
+from fastgen.data.split import AnySplit
+from fastgen.distributed import Group
+from fastgen.evaluate import evaluation_normaliser, load_network
 from fastgen.laws import confidence_for_eta, ideal_confidence
+from fastgen.measuring import Measurement, measure, measure_ensemble, own_part
 from fastgen.meters import Stopwatch
 from fastgen.nodes import Node
 from fastgen.plan import Generation
 from fastgen.workbench import Workbench
+
+T = TypeVar("T")
 
 # Raised whenever the same network starts to be measured otherwise.
 MEASUREMENT_FORMAT = 4
 
 
 class Results:
-    """Rows of the generations of a run, in order, and the ensemble that they form."""
+    """Rows of the generations of a run, in order, and the ensemble that they form.
+
+    All processes measure; the main one alone reads and writes files, and the others are told. Memory: the probabilities
+    of every network on this process's own samples stay on the device, 4 bytes a sample and class.
+    """
 
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
-        self._labels = torch.from_numpy(bench.dataset.evaluation.labels).to(bench.device)
+        evaluation = bench.dataset.evaluation
+        own = own_part(bench.dataset.evaluation_views(evaluation).order, bench.group)
+        self._labels = torch.from_numpy(evaluation.labels[own]).to(bench.device)
         self._members: dict[int, Tensor] = {}
         self.rows: list[dict[str, Any]] = []
 
     def add(self, generation: Generation, node: Node) -> dict[str, Any]:
-        """Measures a finished node and adds its row.
+        """Measures a finished node and adds its row, the same everywhere; all processes call this.
 
         Raises:
-            Stopped: a signal came.
+            Stopped: a signal came, to this process or another one.
+            Told: the main process could not read or write the node's files.
         """
         measured, self._members[generation.index] = _measure_node(self._bench, node)
-        row = _row(self._bench, generation, node, measured)
+        row = _told(self._bench.group, lambda: _row(self._bench, generation, node, measured))
         row |= self._ensemble(generation.index) | self._laws(generation, row)
         self.rows.append(row)
         return row
@@ -58,7 +72,8 @@ class Results:
         # Synthetic batches carry random labels: an ensemble beside the data set's own would be no number at all.
         if any(member is None for member in members) or self._bench.recipe.data.backend == "synthetic":
             return {"ensemble_top1_error": None, "ensemble_top5_error": None}
-        measured = measure_ensemble([m for m in members if m is not None], self._labels, self._bench.recipe.gen.k)
+        known = [member for member in members if member is not None]
+        measured = measure_ensemble(known, self._labels, self._bench.recipe.gen.k, self._bench.group)
         return {"ensemble_top1_error": measured.top1_error, "ensemble_top5_error": measured.top5_error}
 
     def _laws(self, generation: Generation, row: dict[str, Any]) -> dict[str, Any]:
@@ -81,24 +96,40 @@ def _measure_node(bench: Workbench, node: Node) -> tuple[dict[str, Any], Tensor]
 
     What was measured on the training set is kept in the node, under a name that depends on all it depends on, with
     the seconds that both took.
+
+    Returns:
+        the measurements, and the probabilities of this process's own samples of the evaluation set.
     """
-    recipe, dataset, stop = bench.recipe, bench.dataset, bench.stop
-    model = load_network(recipe, dataset, node.weights, bench.device)
+    recipe, dataset, group = bench.recipe, bench.dataset, bench.group
+    model = load_network(recipe, dataset, node.weights, bench.device, group)
     normalise = evaluation_normaliser(dataset, bench.device)
+
+    def measured_on(split: AnySplit, loader: Loader, keep: bool) -> tuple[Measurement, Tensor]:
+        views = dataset.evaluation_views(split)
+        return measure(model, loader, views, normalise, recipe.gen.k, bench.device, bench.stop, keep=keep, group=group)
+
     stopwatch = Stopwatch(bench.device)
     with stopwatch.phase("evaluate"):
-        views = dataset.evaluation_views(dataset.evaluation)
-        k = recipe.gen.k
-        evaluation, probabilities = measure(model, bench.evaluation_loader, views, normalise, k, bench.device, stop)
+        evaluation, probabilities = measured_on(dataset.evaluation, bench.evaluation_loader, keep=True)
         name = _measurement_name(bench)
-        known = node.cached(name)
+        known = _told(group, lambda: node.cached(name))
         if known is None:
-            views = dataset.evaluation_views(dataset.train)
-            train, _ = measure(model, bench.train_loader, views, normalise, k, bench.device, stop, keep=False)
+            train, _ = measured_on(dataset.train, bench.train_loader, keep=False)
     if known is None:
-        known = {"train": asdict(train), "seconds": stopwatch.seconds()["evaluate"]}
-        node.keep(name, known)
+        found = {"train": asdict(train), "seconds": stopwatch.seconds()["evaluate"]}
+        _told(group, lambda: node.keep(name, found))
+        known = found
     return {**known, "evaluation": asdict(evaluation)}, probabilities
+
+
+def _told(group: Group, call: Callable[[], T]) -> T:
+    """What the call gives in the main process, which alone makes it, everywhere.
+
+    Raises:
+        Told: it failed there.
+    """
+    given = group.in_turn(lambda: [call()] if group.main else [])
+    return group.agree(given)[0]
 
 
 def _measurement_name(bench: Workbench) -> str:
@@ -141,4 +172,5 @@ def _row(bench: Workbench, generation: Generation, node: Node, measured: dict[st
         "backend": training["path"]["views"],
         "engine": bench.recipe.train.engine,
         "path": training["path"],
+        "processes": training.get("processes", 1),
     }

@@ -22,6 +22,7 @@ def check_recipe(recipe: Recipe) -> None:
         UserError: one is broken.
     """
     _check_run(recipe.run)
+    _check_dist(recipe)
     _check_data(recipe.data)
     _check_photographs(recipe.data)
     _check_train(recipe.train)
@@ -40,9 +41,22 @@ def _check_run(run: RunSettings) -> None:
         seed = getattr(run, name)
         _require(seed is None or 0 <= seed <= MAX_SEED, f"run.{name} = {seed}: give a number from 0 to 2^63 - 1")
     _require(run.save_minutes >= 0, f"run.save_minutes = {run.save_minutes}: give 0 (after every step) or more")
+    after = run.stop_after_minutes
+    _require(after is None or after > 0, f"run.stop_after_minutes = {after}: give a time above 0, or leave it out")
     _require(run.log_every_steps >= 1, f"run.log_every_steps = {run.log_every_steps}: give 1 or more")
     _require(
         run.eval_every_epochs >= 0, f"run.eval_every_epochs = {run.eval_every_epochs}: give 0 (only at the end) or more"
+    )
+
+
+def _check_dist(recipe: Recipe) -> None:
+    dist = recipe.dist
+    _require(dist.processes is None or dist.processes >= 1, f"dist.processes = {dist.processes}: give 1 or more")
+    _require(dist.timeout_minutes > 0, f"dist.timeout_minutes = {dist.timeout_minutes}: give a time above 0")
+    _require(dist.max_restarts >= 0, f"dist.max_restarts = {dist.max_restarts}: give 0 (never) or more")
+    _require(
+        dist.batchnorm == "local" or recipe.train.batchnorm == "torch",
+        "dist.batchnorm = synchronised: the fused batch-norm knows one process: set train.batchnorm=torch",
     )
 
 

@@ -136,7 +136,7 @@ def make_supply(
     groups = {
         images
         for batches in (settings.look_ahead_batches, 1)
-        for images in group_sizes(len(bench.dataset.train), train.batch_size, batches)
+        for images in group_sizes(len(bench.dataset.train), train.batch_size, batches, bench.group.share)
     }
     teacher = _teacher(bench, teacher_weights, max(groups), len(groups) * len(sides))
     return supply.with_teacher(teacher, settings.look_ahead_batches, facts.classes)
@@ -177,7 +177,7 @@ def _table(
         table = read_table(folder, kind, bench.device)
     if table is None:
         raise ValueError(f"{folder}: the table was written a moment ago and is not there")
-    if not node.checkpoint.exists():
+    if not bench.group.agree(bool(node.checkpoints)):
         # Sessions that were broken off, this student's or another's; a checkpoint holds what was charged before.
         stopwatch.add({"labels": max(0.0, claim_cost(folder, node.id, bench.stop, bench.recorder.say) - spent)})
     size = table_path(folder).stat().st_size

@@ -6,25 +6,32 @@ python -m fastgen.train --help
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fastgen.config import Recipe
 from fastgen.data import build_loader, open_dataset
+from fastgen.data.batch import usable_cores
 from fastgen.data.split import Dataset
-from fastgen.device import choose_device
+from fastgen.device import choose_device, device_kind
+from fastgen.distributed import Group, joined, started_by_launcher
 from fastgen.environment import device_name
 from fastgen.errors import Diverged, Stopped, UserError, command
+from fastgen.launch import exit_code_for, launch, processes_wanted
 from fastgen.lookup import find_teacher
 from fastgen.nodes import Node, find_node, open_node
 from fastgen.plan import Generation, describe, make_plan
 from fastgen.progress import PatientConsole
 from fastgen.recipe import read_recipe
-from fastgen.record import Recorder, RunFolder, open_run
+from fastgen.record import Recorder, RunFolder, open_run, run_dir
 from fastgen.results import Results
 from fastgen.stop import StopRequest
 from fastgen.tables import confidence_table, error_table, print_table
@@ -35,22 +42,45 @@ Plan = tuple[Generation, ...]
 
 
 def main(words: Sequence[str]) -> None:
-    """The command."""
+    """The command. Several processes are started where the machine has several GPUs, or the recipe asks for them."""
+    began = time.monotonic()
     recipe = read_recipe(words)
-    dataset = open_dataset(recipe)
+    if not started_by_launcher(os.environ) and not recipe.run.dry:
+        processes = processes_wanted(recipe)
+        if processes > 1:
+            launch(words, processes, recipe.dist.max_restarts)
+            return
+    with joined(recipe.dist, device_kind(recipe.run)) as group:
+        _prepare(_with_own_workers(recipe, group), group, words, began)
+
+
+def _prepare(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> None:
+    dataset = group.in_turn(lambda: open_dataset(recipe))
     plan = make_plan(recipe, dataset.train_hash, find_teacher(recipe, dataset), dataset.pixels)
     if recipe.run.dry:
-        print(describe(plan))
+        if group.main:
+            print(describe(plan))
         return
-    device = choose_device(recipe.run)
+    device = choose_device(recipe.run, group.local_rank if group.world > 1 else None)
     _require_kernels(recipe, device)
-    _require_teachers(recipe, plan)
-    with StopRequest() as stop, open_run(recipe, plan, device) as folder:
-        console = PatientConsole()
-        recorder = Recorder(folder.path, console, _untrained(recipe, plan), plan[-1].index)
+    group.in_turn(lambda: _require_teachers(recipe, plan))
+    minutes = recipe.run.stop_after_minutes
+    with ExitStack() as held:
+        stop = held.enter_context(StopRequest(None if minutes is None else began + 60 * minutes))
+        folder = group.in_turn(
+            lambda: (
+                held.enter_context(open_run(recipe, plan, device, group.world, stop.check))
+                if group.main
+                else RunFolder(run_dir(recipe))
+            )
+        )
+        console = PatientConsole(quiet=not group.main)
+        untrained = group.agree(_untrained(recipe, plan))
+        recorder = Recorder(folder.path if group.main else None, console, untrained, plan[-1].index)
+        held.callback(recorder.close)
         try:
-            recorder.say(f"{folder.path}  {recipe.model.name} on {recipe.data.dataset}, {device_name(device)}")
-            _run(recipe, dataset, plan, device, folder, recorder, stop)
+            recorder.say(f"{folder.path}  {recipe.model.name} on {recipe.data.dataset}, {_where(device, group)}")
+            _run(recipe, dataset, plan, device, folder, recorder, stop, group)
         except Stopped as stopped:
             recorder.event("stopped", reason=str(stopped))
             recorder.end_generation()
@@ -66,8 +96,6 @@ def main(words: Sequence[str]) -> None:
         except Diverged as diverged:
             recorder.event("diverged", reason=str(diverged), step=diverged.step, ids=diverged.ids)
             raise
-        finally:
-            recorder.close()
 
 
 def _run(
@@ -78,32 +106,51 @@ def _run(
     folder: RunFolder,
     recorder: Recorder,
     stop: StopRequest,
+    group: Group,
 ) -> None:
     train_loader = build_loader(recipe, dataset, dataset.train, device)
     evaluation_loader = build_loader(recipe, dataset, dataset.evaluation, device)
-    bench = Workbench(recipe, dataset, device, train_loader, evaluation_loader, recorder, stop)
+    bench = Workbench(recipe, dataset, device, train_loader, evaluation_loader, recorder, stop, group)
     results = Results(bench)
-    recorder.event("run_begin", plan=[generation.node for generation in plan])
+    recorder.event("run_begin", plan=[generation.node for generation in plan], processes=group.world)
     for generation in plan:
         node = _node_of(recipe, generation)
-        if node is None:
+        # The main process has looked: a file system that hosts share may show it late to the others.
+        if not group.agree(node is not None):
             recorder.say(
                 f"generation {generation.index} ({generation.node}) is not trained and not needed here: left out"
             )
             continue
-        folder.link(generation, node)
-        if node.finished:
+        node = node or Node(_store(recipe) / generation.node)
+        if group.main:
+            folder.link(generation, node)
+        if group.agree(node.finished):
             recorder.say(f"generation {generation.index} ({generation.node}) is trained already")
         else:
             train_generation(bench, generation, node, _teacher_weights(recipe, generation))
         row = results.add(generation, node)
         recorder.event("result", **row)
-        folder.write_results(results.as_dict())
-        stop.check()
+        if group.main:
+            folder.write_results(results.as_dict())
+        bench.check_stop()
     recorder.event("run_end")
-    print_table(error_table(results.as_dict()))
-    print_table(confidence_table(results.as_dict()))
-    print(f"{folder.path / 'results.json'}")
+    if group.main:
+        print_table(error_table(results.as_dict()))
+        print_table(confidence_table(results.as_dict()))
+        print(f"{folder.path / 'results.json'}")
+
+
+def _with_own_workers(recipe: Recipe, group: Group) -> Recipe:
+    """Processes of one machine share its cores."""
+    if group.world == 1 or recipe.data.workers is not None:
+        return recipe
+    workers = max(1, usable_cores() // group.local_world)
+    return replace(recipe, data=replace(recipe.data, workers=workers))
+
+
+def _where(device: torch.device, group: Group) -> str:
+    processes = f"{group.world} processes, " if group.world > 1 else ""
+    return f"{processes}{device_name(device)}"
 
 
 def _store(recipe: Recipe) -> Path:
@@ -160,4 +207,4 @@ def _untrained(recipe: Recipe, plan: Plan) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, sys.argv[1:]))
+    sys.exit(exit_code_for(command(main, sys.argv[1:]), os.environ))

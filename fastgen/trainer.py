@@ -6,46 +6,34 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastgen.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from fastgen.buffers import merge_statistics, merged_statistics
+from fastgen.checkpoint import load_newest, save_checkpoint, save_weights
 from fastgen.config import TrainSettings
 from fastgen.data.split import Dataset
 from fastgen.engines import Engine, Plant, make_engine
 from fastgen.environment import describe_environment
-from fastgen.errors import Diverged, MachineError, UserError
+from fastgen.errors import Diverged, MachineError, Stopped, UserError
 from fastgen.evaluate import evaluation_normaliser, measure
 from fastgen.learner import Learner, new_learner
-from fastgen.meters import Meter, Reading, Stopwatch, Tally
-from fastgen.nodes import Node, locked
+from fastgen.locks import Lock, locked
+from fastgen.meters import Meter, Reading, Stopwatch
+from fastgen.nodes import Node
 from fastgen.plan import Generation
+from fastgen.pulse import Pulse, Wish
 from fastgen.schedule import Schedule, make_schedule, resolution_px
-from fastgen.shapes import batch_shapes, part_shapes
+from fastgen.shapes import batch_shapes, part_shapes, view_sizes
 from fastgen.supply import Supply, make_supply
+from fastgen.training import Training, seed_random_state
 from fastgen.views import EpochViews
 from fastgen.workbench import Workbench
-
-
-@dataclass
-class Training:
-    """A training under way: all that a step changes, and that a checkpoint therefore holds."""
-
-    learner: Learner
-    meter: Meter
-    stopwatch: Stopwatch
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    saved_at: float = field(default_factory=time.monotonic)
-
-    def take(self, tally: Tally) -> None:
-        """Counts steps that were taken."""
-        self.meter.add(self.step, tally)
-        self.step += tally.count
 
 
 def train_generation(bench: Workbench, generation: Generation, node: Node, teacher_weights: Path | None) -> None:
@@ -58,25 +46,28 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
         teacher_weights: of the generation that teaches it; None: it learns from labels alone.
 
     Raises:
-        Stopped: a signal came; the state after the last finished step is saved.
+        Stopped: a signal came to one of the processes; the state after the same step of all is saved.
         Diverged: the loss was not finite.
-        UserError: the teacher is of another network, or another process trains this node.
+        UserError: the teacher is of another network, or another run trains this node.
     """
-    train, dataset = bench.recipe.train, bench.dataset
-    with locked(node.folder, "this generation"):
-        if node.finished:
+    train, group = bench.recipe.train, bench.group
+    with ExitStack() as held:
+        lock = group.in_turn(lambda: held.enter_context(_held(bench, node)) if group.main else None)
+        if group.agree(node.finished):
             return
-        schedule, stopwatch = make_schedule(train, len(dataset.train)), Stopwatch(bench.device)
+        schedule, stopwatch = make_schedule(train, len(bench.dataset.train)), Stopwatch(bench.device)
         with stopwatch.phase("warm_up"):
             if "compile" in (train.engine, bench.recipe.teacher.engine):
                 # Code of the generation before is of no more use, and counts towards torch's limit of compilations.
                 torch.compiler.reset()
-            sides = {shape[1:] for shape in part_shapes(bench.recipe, dataset)}
+            sides = set(view_sizes(bench.recipe, bench.dataset))
             supply = make_supply(bench, generation, node, teacher_weights, stopwatch, sides)
-            training = Training(_start(bench, generation, supply), Meter(), stopwatch)
-            _resume(training, node)
-            engine = _make_engine(bench, training.learner, supply)
+            learner = _start(bench, generation, supply)
+            training = Training(learner, Meter(group), stopwatch, group, bench.recipe.dist.buffers)
+            _resume(bench, training, node)
+            engine = _make_engine(bench, learner, supply)
         _announce(bench, generation, node, schedule, training, engine)
+        pauses = _Pauses(bench, node, lock, Pulse(group))
 
         for epoch, views in _epochs(bench, generation, training, schedule):
             first_batch = training.step % schedule.steps_per_epoch
@@ -90,13 +81,49 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
                         break  # what an epoch's end has to tell and to save follows below
                     if training.step // bench.recipe.run.log_every_steps > logged:
                         _log(bench, training, views, schedule, node)
-                    _pause(bench, training, views, node)
+                    pauses.after_step(training, views)
                 reading = _log(bench, training, views, schedule, node)
             training.meter.reset()
-            _end_epoch(bench, training, epoch, reading)
-            if epoch + 1 < train.epochs:
-                _pause(bench, training, views, node)
-        _finish(bench, generation, training, node, supply, engine)
+            last = epoch + 1 == train.epochs
+            wish = pauses.wish_of_all(training, last=last)
+            _end_epoch(bench, training, epoch, reading, measured=not (last or wish.stop))
+            if not last:
+                pauses.fulfil(wish, training, views)
+        _finish(bench, generation, training, node, lock, supply, engine)
+
+
+def _held(bench: Workbench, node: Node) -> AbstractContextManager[Lock]:
+    return locked(node.folder, "this generation", say=bench.recorder.say, check=bench.stop.check)
+
+
+@dataclass(frozen=True)
+class _Pauses:
+    """Between steps: saves where it is time for it; where a stop is asked for, saves and raises Stopped."""
+
+    bench: Workbench
+    node: Node
+    lock: Lock | None
+    pulse: Pulse
+
+    def after_step(self, training: Training, views: EpochViews) -> None:
+        wish = self._own_wish(training, epoch_ends=False)
+        self.fulfil(self.pulse.beat(wish), training, views)
+
+    def wish_of_all(self, training: Training, *, last: bool) -> Wish:
+        """At the end of an epoch; after the last one the whole generation is saved instead."""
+        wish = self._own_wish(training, epoch_ends=not last)
+        return self.pulse.now(wish)
+
+    def fulfil(self, wish: Wish, training: Training, views: EpochViews) -> None:
+        if wish.save or wish.stop:
+            _save(self.bench, training, views, self.node, self.lock)
+        if wish.stop:
+            raise Stopped(wish.stop)
+
+    def _own_wish(self, training: Training, *, epoch_ends: bool) -> Wish:
+        # One clock says when: the others may be anywhere else in their step.
+        save = self.bench.group.main and training.save_is_due(self.bench.recipe.run.save_minutes, epoch_ends=epoch_ends)
+        return Wish(self.bench.stop.number, save)
 
 
 def _epochs(
@@ -122,8 +149,11 @@ def _epochs(
 
 def _start(bench: Workbench, generation: Generation, supply: Supply) -> Learner:
     recipe, dataset = bench.recipe, bench.dataset
-    shapes = len(part_shapes(recipe, dataset))
-    return new_learner(recipe, dataset.facts, generation, supply.live_teacher, supply.prepare, bench.device, shapes)
+    seed_random_state(generation.init_seed, bench.group.rank)
+    shapes = len(part_shapes(recipe, dataset, bench.group.share))
+    return new_learner(
+        recipe, dataset.facts, generation, supply.live_teacher, supply.prepare, bench.device, shapes, bench.group
+    )
 
 
 def _make_engine(bench: Workbench, learner: Learner, supply: Supply) -> Engine:
@@ -138,22 +168,26 @@ def _make_engine(bench: Workbench, learner: Learner, supply: Supply) -> Engine:
             dataset.facts.channels,
             dataset.crop.jitter.active,
             bench.device,
+            bench.group.share,
         )
     )
 
 
-def _resume(training: Training, node: Node) -> None:
-    if not node.checkpoint.exists():
+def _resume(bench: Workbench, training: Training, node: Node) -> None:
+    """Goes on from the newest checkpoint that is whole. One process reads it, so that all have the same."""
+
+    def load() -> dict[str, Any] | None:
+        return load_newest(node.folder, bench.recorder.say) if bench.group.main else None
+
+    state = bench.group.agree(bench.group.in_turn(load))
+    if state is None:
         return
-    state = load_checkpoint(node.checkpoint)
     if state["node"] != node.id:
         raise UserError(
-            f"{node.checkpoint}: is of another generation ({state['node']}): delete it, and this one starts afresh"
+            f"{node.folder}: its checkpoint is of another generation ({state['node']}): delete it, and this one starts "
+            "afresh"
         )
-    training.learner.load_state(state)
-    training.meter.restore(state["meter"])
-    training.stopwatch.add(state["seconds"])
-    training.step, training.history = state["step"], state["history"]
+    training.load_state(state)
 
 
 def _announce(
@@ -161,7 +195,12 @@ def _announce(
 ) -> None:
     if training.step:
         bench.recorder.say(f"generation {generation.index} goes on at step {training.step} of {schedule.total_steps}")
-    facts = {"role": generation.role, "engine": engine.how, "precision": bench.recipe.train.precision}
+    facts = {
+        "role": generation.role,
+        "engine": engine.how,
+        "precision": bench.recipe.train.precision,
+        "processes": bench.group.world,
+    }
     bench.recorder.begin(generation, schedule, len(bench.dataset.train), training.step, facts)
 
 
@@ -184,11 +223,8 @@ def _require_finite(reading: Reading, train: TrainSettings, dataset: Dataset, vi
     batch = step % -(-len(dataset.train) // train.batch_size)
     positions = views.order[batch * train.batch_size : (batch + 1) * train.batch_size]
     ids = dataset.train.ids[positions].tolist()
-    good = (
-        f"the last good checkpoint is {node.checkpoint}"
-        if node.checkpoint.exists()
-        else "no checkpoint was saved before"
-    )
+    saved = node.checkpoints
+    good = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved before"
     raise Diverged(
         f"the loss is not finite at step {step} (sample ids {', '.join(map(str, ids[:8]))}, ..., all of them in "
         f"events.jsonl); {good}. Lower train.lr, or set train.precision=fp32.",
@@ -207,38 +243,24 @@ def _require_finite_weights(model: nn.Module, step: int) -> None:
         )
 
 
-def _pause(bench: Workbench, training: Training, views: EpochViews, node: Node) -> None:
-    """Saves where it is time for it; where a stop is asked for, saves and raises Stopped."""
-    # Asked once: a signal that comes while this runs waits for the next step.
-    stopping = bench.stop.requested
-    if stopping or time.monotonic() - training.saved_at >= bench.recipe.run.save_minutes * 60:
-        _save(bench, training, views, node)
-    if stopping:
-        bench.stop.check()
-
-
-def _save(bench: Workbench, training: Training, views: EpochViews, node: Node) -> None:
+def _save(bench: Workbench, training: Training, views: EpochViews, node: Node, lock: Lock | None) -> None:
+    began = time.monotonic()
     _require_finite(training.meter.read(), bench.recipe.train, bench.dataset, views, node)
     _require_finite_weights(training.learner.model, training.step)
     with training.stopwatch.phase("save"):
-        state = {
-            "node": node.id,
-            "step": training.step,
-            **training.learner.state(),
-            "meter": training.meter.state(),
-            "seconds": training.stopwatch.seconds(),
-            "history": training.history,
-        }
-        save_checkpoint(node.checkpoint, state)
+        state = {"node": node.id, **training.state()}
+        if lock is not None:
+            lock.check()
+            save_checkpoint(node.folder, state)
     training.saved_at = time.monotonic()
+    training.save_seconds = training.saved_at - began
 
 
-def _end_epoch(bench: Workbench, training: Training, epoch: int, reading: Reading) -> None:
+def _end_epoch(bench: Workbench, training: Training, epoch: int, reading: Reading, *, measured: bool) -> None:
+    """Measures the network where it is time for it, and tells; the last epoch is measured with the generation."""
     row: dict[str, Any] = {"epoch": epoch, "loss": reading.loss, "accuracy": reading.accuracy}
     every = bench.recipe.run.eval_every_epochs
-    # The last epoch is measured when the generation is finished.
-    due = every and (epoch + 1) % every == 0 and epoch + 1 < bench.recipe.train.epochs
-    if due and not bench.stop.requested:
+    if measured and every and (epoch + 1) % every == 0:
         with training.stopwatch.phase("evaluate"):
             row |= _evaluate(bench, training.learner.model)
     training.history.append(row)
@@ -252,14 +274,25 @@ def _evaluate(bench: Workbench, model: nn.Module) -> dict[str, float]:
     dataset = bench.dataset
     views = dataset.evaluation_views(dataset.evaluation)
     normalise = evaluation_normaliser(dataset, bench.device)
-    measured, _ = measure(model, bench.evaluation_loader, views, normalise, bench.recipe.gen.k, bench.device)
+    recipe, group = bench.recipe, bench.group
+    with merged_statistics(model, group, recipe.dist.buffers):
+        measured, _ = measure(
+            model, bench.evaluation_loader, views, normalise, recipe.gen.k, bench.device, keep=False, group=group
+        )
     return {"top1_error": measured.top1_error, "top5_error": measured.top5_error}
 
 
 def _finish(
-    bench: Workbench, generation: Generation, training: Training, node: Node, supply: Supply, engine: Engine
+    bench: Workbench,
+    generation: Generation,
+    training: Training,
+    node: Node,
+    lock: Lock | None,
+    supply: Supply,
+    engine: Engine,
 ) -> None:
-    recipe, facts = bench.recipe, bench.dataset.facts
+    recipe, facts, group = bench.recipe, bench.dataset.facts, bench.group
+    merge_statistics(training.learner.model, group, recipe.dist.buffers)
     _require_finite_weights(training.learner.model, training.step)
     description = {
         "model": recipe.as_dict()["model"],
@@ -273,12 +306,15 @@ def _finish(
         "node": node.id,
     }
     with training.stopwatch.phase("save"):
-        save_weights(node.weights, training.learner.model, description)
+        if lock is not None:
+            lock.check()
+            save_weights(node.weights, training.learner.model, description)
     seconds = training.stopwatch.seconds()
     record = {
         "images": recipe.train.epochs * len(bench.dataset.train),
         "seconds": seconds,
-        "environment": describe_environment(bench.device),
+        "processes": group.world,
+        "environment": describe_environment(bench.device, group.world),
         "path": {
             "views": supply.views,
             "pixels": bench.dataset.pixels,
@@ -290,7 +326,10 @@ def _finish(
         },
         "history": training.history,
     }
-    node.finish(generation.identity, record)
+    if group.main:
+        node.finish(generation.identity, record)
+    # What comes next is looked for by all.
+    group.agree(None)
     bench.recorder.event("generation_end", generation=generation.index, node=node.id, seconds=seconds)
     bench.recorder.end_generation()
 

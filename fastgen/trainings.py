@@ -25,20 +25,28 @@ def training_command(words: Sequence[str]) -> list[str]:
     return [sys.executable, "-c", "from fastgen.trainings import train_under; train_under()", str(os.getpid()), *words]
 
 
-def train_under() -> None:
-    """What such a process runs: `python -m fastgen.train`, saved and ended when its parent is gone.
+def end_with(parent: int) -> None:
+    """Has SIGTERM sent to this process when the process that started it ends.
 
     The process asks for the signal itself. Between fork and exec, where a `preexec_fn` would do so, no Python may
     run safely in a process that has threads, and whoever imports torch has some. The system sends it when the thread
-    that started the process ends, so trainings are started from the main thread.
+    that started the process ends, so such processes are started from the main thread.
+
+    Args:
+        parent: its number. Where it is gone already, this process ends here.
     """
-    parent, *words = sys.argv[1:]
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl: the end of the parent cannot be watched")
-    if os.getppid() != int(parent):
+    if os.getppid() != parent:
         # It died before it could be watched.
         sys.exit(128 + signal.SIGTERM)
+
+
+def train_under() -> None:
+    """What such a process runs: `python -m fastgen.train`, saved and ended when its parent is gone."""
+    parent, *words = sys.argv[1:]
+    end_with(int(parent))
     from fastgen import train
 
     # As if called by -m: the run's record keeps the command line.

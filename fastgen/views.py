@@ -61,6 +61,10 @@ class Share:
     rank: int = 0
     world: int = 1
 
+    def bounds(self, images: int) -> tuple[int, int]:
+        """Which of so many images fall to it: sizes differ by one at most, and may be 0."""
+        return images * self.rank // self.world, images * (self.rank + 1) // self.world
+
 
 WHOLE = Share()
 
@@ -68,14 +72,13 @@ WHOLE = Share()
 def batch_positions(order: Int64, batch_size: int, first_batch: int = 0, share: Share = WHOLE) -> Iterator[Int64]:
     """Positions of the samples of each batch, from first_batch on, as far as they fall to a share.
 
-    Parts of a batch differ by one sample at most, the first ones being larger; a part may be empty
-    where the last batch holds fewer samples than there are processes.
+    Parts of a batch differ by one sample at most (`Share.bounds`); a part may be empty where the last batch holds
+    fewer samples than there are processes.
     """
     for begin in range(first_batch * batch_size, len(order), batch_size):
         batch = order[begin : begin + batch_size]
-        size, larger = divmod(len(batch), share.world)
-        first = share.rank * size + min(share.rank, larger)
-        yield batch[first : first + size + (share.rank < larger)]
+        first, end = share.bounds(len(batch))
+        yield batch[first:end]
 
 
 def training_views(

@@ -7,6 +7,7 @@ one operator, and all gradients by another; the arithmetic is autocast's, to the
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class WorkingCopy:
         ]
         # Where fp32 gradients stand: the same memory in every step.
         self._gradients = [torch.zeros_like(weight) for weight in self._weights]
+        self._weight_of = {id(own): weight for own, weight in zip(self._copies, self._weights, strict=True)}
         self.network = _sharing(model, self._weights, self._copies) if multiplied else model
 
     @torch.no_grad()
@@ -59,6 +61,28 @@ class WorkingCopy:
             torch._foreach_add_(sums, gradients)
         for number, sum_ in zip(asked, sums, strict=True):
             self._weights[number].grad, self._copies[number].grad = sum_, None
+
+    @torch.no_grad()
+    def pour(self, copies: Sequence[Tensor], gradients: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        """As `collect`, for some of the copies, into memory that is given: their weights' gradients from now on.
+
+        Args:
+            copies: of this network.
+            gradients: their own of this pass, 16-bit.
+            into: fp32, laid out as they are.
+        """
+        weights = [self._weight_of[id(own)] for own in copies]
+        torch._foreach_copy_(list(into), list(gradients))
+        earlier = [weight.grad for weight in weights if weight.grad is not None]
+        if earlier:
+            torch._foreach_add_(list(into), earlier)
+        for weight, sum_ in zip(weights, into, strict=True):
+            weight.grad = sum_
+
+    def drop(self) -> None:
+        """Frees the copies' gradients, which were poured."""
+        for own in self._copies:
+            own.grad = None
 
 
 def _sharing(model: nn.Module, weights: list[Tensor], copies: list[Tensor]) -> nn.Module:

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from fastgen.data.batch import Batch
+from fastgen.distributed import ALONE
 from fastgen.grade import plain
+from fastgen.gradients import Reducer
 from fastgen.learner import Learner
 from fastgen.meters import Meter
 from fastgen.shapes import part_bounds
@@ -15,7 +17,9 @@ from fastgen.working_copy import WorkingCopy
 def learner_of(model, forward, accumulate_steps):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Learner(model, WorkingCopy(model, torch.float32), optimizer, scaler, forward, accumulate_steps)
+    working = WorkingCopy(model, torch.float32)
+    reducer = Reducer(forward, working, ALONE, torch.device("cpu"))
+    return Learner(model, working, optimizer, scaler, reducer, ALONE, accumulate_steps)
 
 
 def batch_of(count):

@@ -224,6 +224,8 @@ def test_a_program_keeps_its_inputs_and_gives_away_its_outputs():
 class FakeCapture:
     """Keeps what a capture is asked for, and calls where a GPU would capture."""
 
+    warm_up_passes = 3
+
     def __init__(self):
         self.asked = []
 
@@ -241,7 +243,7 @@ class FakeCapture:
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_all_programs_are_warmed_up_then_captured_largest_first(monkeypatch, ahead):
     case, made = case_of(images=104), []
-    monkeypatch.setattr(engines, "Capture", lambda: made.append(FakeCapture()) or made[-1])
+    monkeypatch.setattr(engines, "Capture", lambda processes: made.append(FakeCapture()) or made[-1])
     plant = plant_of(case, "graph", ahead=ahead)
     object.__setattr__(plant.train, "graph_steps", 4)
     object.__setattr__(plant, "device", SimpleNamespace(type="cuda"))

@@ -1,4 +1,4 @@
-"""evaluate.py against numpy in fp64: every measure, over several batches, the last of them smaller."""
+"""measuring.py against numpy in fp64: every measure, over several batches, the last of them smaller."""
 
 import math
 import signal
@@ -14,7 +14,7 @@ from fastgen.crops import ShiftCrop
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.errors import Stopped
-from fastgen.evaluate import EVALUATION_BATCH, Measurement, Tally, measure, measure_ensemble, rank_of_label
+from fastgen.measuring import EVALUATION_BATCH, Measurement, Tally, measure, measure_ensemble, rank_of_label
 from fastgen.stop import StopRequest
 from fastgen.views import evaluation_views
 
@@ -78,7 +78,7 @@ def require_close(found, expected, classes, size):
 @pytest.mark.parametrize("batch", [64, 7, 1000])
 def test_tally_equals_the_definitions(classes, k, batch):
     logits, labels = random_logits(200, classes)
-    tally = Tally(k, CPU)
+    tally = Tally(k)
     for z, y in zip(logits.split(batch), labels.split(batch), strict=True):
         tally.add(z, z.log_softmax(1), y)
     expected = measured_f64(softmax_f64(logits), labels.tolist(), k, logits.numpy())
@@ -89,7 +89,7 @@ def test_tally_equals_the_definitions(classes, k, batch):
 
 def test_a_certain_network_falls_in_the_last_bin():
     logits = torch.tensor([[200.0, 0.0, 0.0], [0.0, 200.0, 0.0], [200.0, 0.0, 0.0], [200.0, 0.0, 0.0]])
-    tally = Tally(2, CPU)
+    tally = Tally(2)
     tally.add(logits, logits.log_softmax(1), torch.tensor([0, 1, 0, 1]))
     found = tally.read()
     assert (found.samples, found.top1_error, found.top5_error) == (4, 25.0, 0.0)
@@ -100,13 +100,13 @@ def test_a_certain_network_falls_in_the_last_bin():
 
 def test_share_is_all_where_k_is_all_classes():
     logits, labels = random_logits(50, 10)
-    tally = Tally(10, CPU)
+    tally = Tally(10)
     tally.add(logits, logits.log_softmax(1), labels)
     assert tally.read().topk_share == pytest.approx(1, abs=1e-5)
 
 
 def test_an_empty_tally_can_be_read():
-    assert Tally(5, CPU).read().samples == 0
+    assert Tally(5).read().samples == 0
 
 
 @pytest.mark.parametrize("kind", ["random", "few values", "all equal"])
@@ -137,7 +137,7 @@ def test_a_tally_counts_a_row_that_is_not_a_number_as_wrong():
     logits, labels = random_logits(20, 10)
     labels = logits.argmax(1)
     logits[3, labels[3]] = math.nan
-    tally = Tally(5, CPU)
+    tally = Tally(5)
     tally.add(logits, logits.log_softmax(1), labels)
     found = tally.read()
     assert (found.samples, found.top1_error, found.top5_error) == (20, 5.0, 5.0)

@@ -185,7 +185,7 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, recipe, number):
     assert process.returncode == 128 + number
     assert f"resume with: python -m fastgen.train {shlex.join(words)}" in out
     assert err.strip() == f"fastgen: stopped by {number.name}"
-    assert list((tmp_path / "cut").glob("nodes/*/checkpoint.pt"))
+    assert list((tmp_path / "cut").glob("nodes/*/checkpoint-*.pt"))
     main(words)
     main(run_words(recipe, tmp_path / "whole"))
     assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")

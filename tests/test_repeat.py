@@ -127,7 +127,7 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(recipe, alone):
     for seed in SEEDS:
         assert out.count(f"seed {seed} | saved; resume with: python -m fastgen.train") == 1
         assert f"seed {seed}: was stopped" in out
-    assert len(list(recipe.parent.glob("runs/nodes/*/checkpoint.pt"))) == 2
+    assert len({file.parent for file in recipe.parent.glob("runs/nodes/*/checkpoint-*.pt")}) == 2
 
     line = next(line for line in out.splitlines() if line.startswith("go on with: python -m fastgen.repeat "))
     assert command(repeat.main, shlex.split(line)[6:]) == 0
@@ -149,7 +149,7 @@ def test_a_killed_parent_leaves_no_orphans_and_loses_nothing(recipe):
     finally:
         for number in filter(_alive, trainings):
             os.kill(number, signal.SIGKILL)
-    assert len(list(recipe.parent.glob("runs/nodes/*/checkpoint.pt"))) == 2
+    assert len({file.parent for file in recipe.parent.glob("runs/nodes/*/checkpoint-*.pt")}) == 2
 
 
 def _alive(number: int) -> bool:

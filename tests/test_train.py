@@ -20,6 +20,7 @@ from fastgen.train import main
 GOLDEN = Path(__file__).parent / "golden" / "digits_resnet8.json"
 
 ROW_KEYS = {
+    "processes",
     "generation", "role", "top1_error", "top5_error", "ensemble_top1_error", "ensemble_top5_error", "samples_evaluated",
     "train_top1_error", "mean_confidence", "mean_label_confidence", "topk_share", "ideal_confidence",
     "ideal_confidence_at_share", "train_images_per_second", "wall_images_per_second", "train_seconds", "wall_seconds",
@@ -75,7 +76,7 @@ def test_run_folder_holds_what_the_contract_says(finished):
     plan = json.loads((run / "plan.json").read_text())
     assert [g["node"] for g in plan] == [row["node"] for row in results["generations"]]
     assert [g["teacher"] for g in plan] == [None, plan[0]["node"], plan[1]["node"]]
-    assert not list(finished.glob("nodes/*/checkpoint.pt"))
+    assert not list(finished.glob("nodes/*/checkpoint*"))
 
 
 def test_a_finished_run_is_not_trained_again(finished, capsys):

@@ -1,0 +1,111 @@
+"""Gradients of several processes, summed while backpropagation goes on: torch's DistributedDataParallel.
+
+Its own rule, the mean over the processes, is replaced by the plain sum: each process has weighed its part of the batch
+by its images already, so parts may differ in size, and the sum of two is the very sum that one process adds up over two
+parts. 16-bit gradients are summed in fp32, as one process adds them up.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgen.distributed import Group
+from fastgen.grade import Graded
+from fastgen.step import Forward
+from fastgen.working_copy import WorkingCopy
+
+# torch 2.14 has a new name for it and warns of the old one.
+_KNOWN = inspect.signature(DistributedDataParallel.__init__).parameters
+_BUFFERS_ALONE: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers": False
+}
+
+
+class Reducer:
+    """Sums gradients over the processes; with one process it does nothing.
+
+    Args:
+        forward: of a part of a batch, by the working copy.
+        working: holds the weights.
+        group: of the run.
+        device: where the weights are.
+        parts: in which each process takes its share of a batch.
+    """
+
+    def __init__(
+        self, forward: Forward, working: WorkingCopy, group: Group, device: torch.device, parts: int = 1
+    ) -> None:
+        self._working = working
+        self._forward = forward
+        self._wrapped: DistributedDataParallel | None = None
+        if group.world > 1:
+            self._wrapped = _wrapped(_Whole(working.network, forward), device, static=parts == 1)
+            # DDP compares annotations of a hook, which it takes for classes; ours are texts.
+            self._wrapped.register_comm_hook(working, lambda working, bucket: _sum(working, bucket))
+
+    def forward(self, last: bool) -> Forward:
+        """What a part of a batch goes through; the backward pass of the last one sums gradients over the processes.
+
+        Args:
+            last: whether it is the last part of its batch. Earlier ones pass by DDP and are added up in each process.
+        """
+        return self._forward if self._wrapped is None or not last else self._wrapped
+
+    def collect(self, last: bool) -> None:
+        """Takes 16-bit gradients over into those of the weights, after the backward pass of a part."""
+        if self._wrapped is not None and last:
+            # The hook poured them while they came.
+            self._working.drop()
+        else:
+            self._working.collect()
+
+
+class _Whole(nn.Module):
+    """The forward pass with the loss as the module that DDP takes; compiled or not."""
+
+    def __init__(self, network: nn.Module, call: Callable[..., Graded]) -> None:
+        super().__init__()
+        self.network = network
+        self._call = call
+
+    def forward(self, *arguments: Any) -> Graded:
+        return self._call(*arguments)
+
+
+def _wrapped(whole: nn.Module, device: torch.device, *, static: bool) -> DistributedDataParallel:
+    # DDP counts the gradients of a static graph, those of passes that it is left out of too, and then sends sums that
+    # are not whole (seen with torch 2.14.1): where there are such passes its graph is not static.
+    def wrap() -> DistributedDataParallel:
+        # Running statistics stay each process's own: nothing reads them while it trains (see `buffers`).
+        return DistributedDataParallel(whole, gradient_as_bucket_view=True, static_graph=static, **_BUFFERS_ALONE)
+
+    if device.type != "cuda":
+        return wrap()
+    # So that a CUDA graph can capture its steps: torch's notes on graphs ask for another stream than the default one.
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        wrapped = wrap()
+    torch.cuda.current_stream().wait_stream(beside)
+    return wrapped
+
+
+def _sum(working: WorkingCopy, bucket: Any) -> torch.futures.Future[Tensor]:
+    """DDP's hook: the sum of one bucket (`torch.distributed.GradBucket`) over all processes."""
+    buffer = bucket.buffer()
+    if buffer.dtype.itemsize >= torch.float32.itemsize:
+        return dist.all_reduce(buffer, async_op=True).get_future().then(lambda future: future.value()[0])
+    total = torch.empty_like(buffer, dtype=torch.float32)
+    gradients = bucket.gradients()
+    first = buffer.storage_offset()
+    into = [total.as_strided(own.size(), own.stride(), own.storage_offset() - first) for own in gradients]
+    working.pour(bucket.parameters(), gradients, into)
+    # DDP's own 16-bit memory is left as it is: the sums stand where the optimizer looks for them.
+    return dist.all_reduce(total, async_op=True).get_future().then(lambda _: buffer)

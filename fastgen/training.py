@@ -1,0 +1,110 @@
+"""A training under way: all that its steps change, and what a checkpoint therefore holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastgen.buffers import Rule, own_statistics, put_statistics, together
+from fastgen.distributed import Group
+from fastgen.learner import Learner
+from fastgen.meters import Meter, Stopwatch, Tally
+
+# What saving at the ends of epochs may cost: where epochs are shorter, some are passed over.
+SAVE_SHARE = 0.01
+
+
+@dataclass
+class Training:
+    """Learner, counters and clocks of one generation, in one process.
+
+    Attributes:
+        learner: takes the steps.
+        meter: counts the epoch.
+        stopwatch: of the generation.
+        group: of the run.
+        rule: how running statistics are brought together.
+        step: steps taken.
+        history: a row an epoch.
+        saved_at, save_seconds: when the last checkpoint was written, and how long that took.
+    """
+
+    learner: Learner
+    meter: Meter
+    stopwatch: Stopwatch
+    group: Group
+    rule: Rule
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    saved_at: float = field(default_factory=time.monotonic)
+    save_seconds: float = 0.0
+
+    def take(self, tally: Tally) -> None:
+        """Counts steps that were taken."""
+        self.meter.add(self.step, tally)
+        self.step += tally.count
+
+    def save_is_due(self, save_minutes: float, *, epoch_ends: bool = False) -> bool:
+        """Whether this process's clock asks for a checkpoint."""
+        since_seconds = time.monotonic() - self.saved_at
+        cheap = epoch_ends and self.save_seconds <= SAVE_SHARE * since_seconds
+        return cheap or since_seconds >= 60 * save_minutes
+
+    def state(self) -> dict[str, Any]:
+        """Everything, in every process: to be asked for in all of them at once.
+
+        What each process has of its own stands under `processes`, by rank: the same number of processes goes on with
+        the very same bits.
+        """
+        own = {
+            "meter": self.meter.state(),
+            "statistics": own_statistics(self.learner.model),
+            "random": random_state(self.learner.device),
+        }
+        return {
+            "step": self.step,
+            **self.learner.state(),
+            "seconds": self.stopwatch.seconds(),
+            "history": self.history,
+            "processes": self.group.gather(own),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave, here or in another number of processes."""
+        self.learner.load_state(state)
+        rows = state["processes"]
+        if len(rows) == self.group.world:
+            own = rows[self.group.rank]
+            put_statistics(self.learner.model, own["statistics"])
+            put_random_state(own["random"])
+            self.meter.restore(own["meter"])
+        else:
+            put_statistics(self.learner.model, together([row["statistics"] for row in rows], self.rule))
+            if self.group.main:
+                self.meter.restore_sum([row["meter"] for row in rows])
+        self.stopwatch.add(state["seconds"])
+        self.step, self.history = state["step"], state["history"]
+
+
+def seed_random_state(seed: int, rank: int) -> None:
+    """Seeds torch's own generators, for networks that draw (dropout): differently in each process."""
+    torch.manual_seed((seed + rank) % 2**63)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of torch's own generators in this process."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def put_random_state(state: Mapping[str, Any]) -> None:
+    """Goes on from what `random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
