@@ -103,9 +103,14 @@ def _sum(working: WorkingCopy, bucket: Any) -> torch.futures.Future[Tensor]:
     if buffer.dtype.itemsize >= torch.float32.itemsize:
         return dist.all_reduce(buffer, async_op=True).get_future().then(lambda future: future.value()[0])
     total = torch.empty_like(buffer, dtype=torch.float32)
-    gradients = bucket.gradients()
-    first = buffer.storage_offset()
-    into = [total.as_strided(own.size(), own.stride(), own.storage_offset() - first) for own in gradients]
-    working.pour(bucket.parameters(), gradients, into)
+    copies, first = bucket.parameters(), buffer.storage_offset()
+    # The hook is given gradients as if they were contiguous, in memory where they lie as the parameters do.
+    places = [
+        (own.size(), own.stride(), given.storage_offset())
+        for own, given in zip(copies, bucket.gradients(), strict=True)
+    ]
+    gradients = [buffer.as_strided(size, stride, place) for size, stride, place in places]
+    into = [total.as_strided(size, stride, place - first) for size, stride, place in places]
+    working.pour(copies, gradients, into)
     # DDP's own 16-bit memory is left as it is: the sums stand where the optimizer looks for them.
     return dist.all_reduce(total, async_op=True).get_future().then(lambda _: buffer)

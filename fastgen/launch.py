@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
     from fastgen.config import Recipe
 
-# Where the launcher's processes meet. A name would have to be resolved, which not every machine does well.
-HERE = "127.0.0.1"
 VERDICT = "fastgen"
 # After a failure the launcher asks the others to end, and kills them so much later.
 LAUNCHERS_GRACE_SECONDS = 30
@@ -66,9 +64,6 @@ class Verdict:
     """How a process ended.
 
     Attributes:
-        rank: of the process.
-        end: the way.
-        text: one line, for the user.
         exit_code: of the whole run, if this is what happened.
         seconds: time.time() of the end.
         trace: traceback of an exception that nobody expected.
@@ -134,8 +129,6 @@ def launch(words: Sequence[str], processes: int, max_restarts: int, module: str 
     Call it from the main thread: the processes save and end when the thread that started them ends.
 
     Args:
-        words: of the command line.
-        processes: how many.
         max_restarts: how often all are started again after one was lost.
         module: in which there is `main`.
 
@@ -160,8 +153,7 @@ def launch(words: Sequence[str], processes: int, max_restarts: int, module: str 
                 if restart > max_restarts:
                     used_up = f"; dist.max_restarts={max_restarts} is used up" if max_restarts else ""
                     raise MachineError(f"{verdict.text}{used_up}")
-                again = f"all start again from the last save ({restart} of {max_restarts})"
-                _say(f"{verdict.text}: {again}")
+                _say(f"{verdict.text}: all start again from the last save ({restart} of {max_restarts})")
     except SignalException as caught:
         raise Stopped(caught.sigval) from None
 
@@ -201,8 +193,7 @@ def _attempt(words: Sequence[str], processes: int, module: str) -> Verdict:
     from torch.distributed.launcher.api import elastic_launch
 
     failures: Mapping[int, Any] = {}
-    asked = 0
-    began = time.monotonic()
+    asked, began = 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fastgen_") as folder:
         config = _config(folder, processes)
         program = "from fastgen.launch import work; work()"
@@ -230,21 +221,21 @@ def _config(folder: str, processes: int) -> LaunchConfig:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
-    settings: dict[str, Any] = {"shutdown_timeout": int(trainings.GRACE_SECONDS)}
-    known = {field.name for field in dataclasses.fields(LaunchConfig)}
+    grace: dict[str, Any] = {"shutdown_timeout": int(trainings.GRACE_SECONDS)}
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint=f"{HERE}:0",
-        local_addr=HERE,
+        # No name: it would have to be resolved, which not every machine does well.
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=folder),
         signals_to_handle=",".join(number.name for number in heeded()),
-        # torch 2.11 does not have it yet, and gives 30 s.
-        **{name: value for name, value in settings.items() if name in known},
+        # torch 2.11 may not have it yet, and gives 30 s.
+        **(grace if hasattr(LaunchConfig, "shutdown_timeout") else {}),
     )
 
 

@@ -136,6 +136,9 @@ def make_repeats(seeds: Sequence[int], words: Sequence[str]) -> list[Repeat]:
     repeats = []
     for seed in seeds:
         its_words = (*words, f"--run.seed={seed}")
+        if read_recipe(its_words).dist.processes is None:
+            # Repeats lie side by side on one device: none of them takes the others.
+            its_words = (*words, "--dist.processes=1", f"--run.seed={seed}")
         repeats.append(Repeat(seed, read_recipe(its_words), its_words))
     for one, other in itertools.combinations(repeats, 2):
         if one.folder == other.folder:

@@ -51,10 +51,18 @@ def main(words: Sequence[str]) -> None:
             launch(words, processes, recipe.dist.max_restarts)
             return
     with joined(recipe.dist, device_kind(recipe.run)) as group:
-        _prepare(_with_own_workers(recipe, group), group, words, began)
+        train(_with_own_workers(recipe, group), group, words, began)
 
 
-def _prepare(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> None:
+def train(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> None:
+    """The whole run, in one of its processes.
+
+    Args:
+        recipe: resolved.
+        group: its processes.
+        words: of the command line, to tell how to go on.
+        began: time.monotonic() of its start, in seconds.
+    """
     dataset = group.in_turn(lambda: open_dataset(recipe))
     plan = make_plan(recipe, dataset.train_hash, find_teacher(recipe, dataset), dataset.pixels)
     if recipe.run.dry:

@@ -201,6 +201,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     # A killed parent leaves the folder of its verdicts behind.
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    # Lines are to be written as a whole, and the last ones at the end.
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     return tmp_path
 
 
@@ -395,9 +397,7 @@ def test_no_process_outlives_a_killed_parent(folder, start):
     assert parent.communicate(timeout=10) == ("", "")
 
 
-def test_a_reader_that_went_away_ends_all_quietly(folder, start, monkeypatch):
-    # What is printed is to be left unsent.
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+def test_a_reader_that_went_away_ends_all_quietly(folder, start):
     expected = {
         "prints": (0, ""),
         "prints_and_ends": (0, ""),
