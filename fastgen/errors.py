@@ -93,6 +93,13 @@ def as_one_line(error: OSError) -> FastgenError:
     return MachineError(f"{place}{reason}")
 
 
+def as_told(error: OSError | MemoryError) -> FastgenError:
+    """Tells what the system refused."""
+    if isinstance(error, MemoryError):
+        return MachineError(f"out of memory ({error}): lower train.batch_size, or free some")
+    return as_one_line(error)
+
+
 def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Runs a command's main function and turns its end into an exit code.
 
@@ -112,13 +119,10 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> 
         # The reader of our output went away (`| head`); there is nobody left to tell.
         sys.stderr.close()
         return 0
-    except OSError as error:
-        told = as_one_line(error)
+    except (OSError, MemoryError) as error:
+        told = as_told(error)
         _tell(told)
         return told.exit_code
-    except MemoryError as error:
-        _tell(MachineError(f"out of memory ({error}): lower train.batch_size, or free some"))
-        return MachineError.exit_code
     except KeyboardInterrupt:
         print("fastgen: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -30,7 +30,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastgen import trainings
-from fastgen.errors import FastgenError, LostProcess, MachineError, Stopped, Told, UserError, as_one_line
+from fastgen.errors import FastgenError, LostProcess, MachineError, Stopped, Told, UserError, as_told
 from fastgen.stop import heeded
 
 if TYPE_CHECKING:
@@ -324,12 +324,10 @@ def _verdict_of(error: BaseException) -> Verdict:
     me = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
     if isinstance(error, SystemExit) and error.code in (0, None):
         return _verdict(End.DONE, "", 0)
-    if isinstance(error, MemoryError):
-        error = MachineError(f"out of memory ({error}): lower train.batch_size, or free some")
     if isinstance(error, BrokenPipeError):
         return _verdict(End.CLOSED, "", 1)
-    if isinstance(error, OSError):
-        error = as_one_line(error)
+    if isinstance(error, OSError | MemoryError):
+        error = as_told(error)
     if isinstance(error, Told):
         return _verdict(End.ASIDE, f"{me} was told by another one that it ends", error.exit_code)
     if isinstance(error, LostProcess):

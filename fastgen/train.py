@@ -25,7 +25,7 @@ from fastgen.device import choose_device, device_kind
 from fastgen.distributed import Group, joined, started_by_launcher
 from fastgen.environment import device_name
 from fastgen.errors import Diverged, Stopped, UserError, command
-from fastgen.launch import exit_code_for, launch, processes_wanted
+from fastgen.launch import exit_code_for, exit_hard, launch, processes_wanted
 from fastgen.lookup import find_teacher
 from fastgen.nodes import Node, find_node, open_node
 from fastgen.plan import Generation, describe, make_plan
@@ -38,16 +38,22 @@ from fastgen.tables import confidence_table, error_table, print_table
 from fastgen.trainer import train_generation
 from fastgen.workbench import Workbench
 
+# Told by the command to the processes that it starts: its time.monotonic() in seconds.
+BEGAN = "FASTGEN_BEGAN_SECONDS"
+
 Plan = tuple[Generation, ...]
 
 
 def main(words: Sequence[str]) -> None:
     """The command. Several processes are started where the machine has several GPUs, or the recipe asks for them."""
-    began = time.monotonic()
+    launched = started_by_launcher(os.environ)
+    # Processes that are started again count from the begin of the command.
+    began = float(os.environ.get(BEGAN, time.monotonic())) if launched else time.monotonic()
     recipe = read_recipe(words)
-    if not started_by_launcher(os.environ) and not recipe.run.dry:
+    if not launched and not recipe.run.dry:
         processes = processes_wanted(recipe)
         if processes > 1:
+            os.environ[BEGAN] = str(began)
             launch(words, processes, recipe.dist.max_restarts)
             return
     with joined(recipe.dist, device_kind(recipe.run)) as group:
@@ -215,4 +221,7 @@ def _untrained(recipe: Recipe, plan: Plan) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_for(command(main, sys.argv[1:]), os.environ))
+    code = exit_code_for(command(main, sys.argv[1:]), os.environ)
+    if started_by_launcher(os.environ):
+        exit_hard(code)
+    sys.exit(code)

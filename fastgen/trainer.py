@@ -118,6 +118,8 @@ class _Pauses:
         if wish.save or wish.stop:
             _save(self.bench, training, views, self.node, self.lock)
         if wish.stop:
+            # A launcher ends all as soon as one has ended: not before the main process has saved.
+            self.bench.group.agree(None)
             raise Stopped(wish.stop)
 
     def _own_wish(self, training: Training, *, epoch_ends: bool) -> Wish:

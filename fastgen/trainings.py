@@ -25,8 +25,8 @@ def training_command(words: Sequence[str]) -> list[str]:
     return [sys.executable, "-c", "from fastgen.trainings import train_under; train_under()", str(os.getpid()), *words]
 
 
-def end_with(parent: int) -> None:
-    """Has SIGTERM sent to this process when the process that started it ends.
+def end_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Has a signal sent to this process when the process that started it ends.
 
     The process asks for the signal itself. Between fork and exec, where a `preexec_fn` would do so, no Python may
     run safely in a process that has threads, and whoever imports torch has some. The system sends it when the thread
@@ -34,13 +34,14 @@ def end_with(parent: int) -> None:
 
     Args:
         parent: its number. Where it is gone already, this process ends here.
+        number: of the signal.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
+    if libc.prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl: the end of the parent cannot be watched")
     if os.getppid() != parent:
         # It died before it could be watched.
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + number)
 
 
 def train_under() -> None:

@@ -296,9 +296,9 @@ def require_same(found, expected):
         (4, 4, Share()),  # nothing is left
         (5, 1, Share(0, 2)),  # batches of odd size: slices of every alignment
         (5, 0, Share(1, 2)),
-        (6, 0, Share(0, 2)),
-        (6, 0, Share(1, 2)),  # its share of the last batch is empty
-        (6, 2, Share(1, 2)),  # and so is all of what is left
+        (6, 0, Share(1, 2)),
+        (6, 0, Share(0, 2)),  # its share of the last batch is empty
+        (6, 2, Share(0, 2)),  # and so is all of what is left
         (100, 0, Share()),
     ],
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import multiprocessing
+import os
 import signal
 import threading
 import warnings
@@ -32,6 +33,7 @@ from fastgen.data.manifest import DIGEST_BYTES, Manifest
 from fastgen.data.photos import Refused, decode_plain
 from fastgen.data.split import AnySplit, FileSplit, Split
 from fastgen.errors import MACHINE_FAULTS, FastgenError, MachineError, UserError
+from fastgen.trainings import end_with
 from fastgen.views import WHOLE, EpochViews, Share, batch_positions, require_inside
 
 UInt8 = npt.NDArray[np.uint8]
@@ -305,8 +307,11 @@ def _fit_for_forks() -> Iterator[None]:
 
 
 def _set_up_worker(worker: int) -> None:
-    # A Ctrl-C in the terminal reaches all processes; it is the main one that decides what is still finished.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A Ctrl-C in the terminal and a launcher's signals reach the whole group of processes; it is the main one that
+    # decides what is still finished.
+    os.setpgid(0, 0)
+    # Forked, it holds the main one's lock of the run folder too: it may not outlive it by a moment.
+    end_with(os.getppid(), signal.SIGKILL)
     warnings.simplefilter("ignore")
 
 
