@@ -52,6 +52,7 @@ BENCHMARKS = {
     "step": Benchmark(takes_images=True),
     "generation": Benchmark(takes_images=True),
     "side_by_side": Benchmark(),
+    "scaling": Benchmark(),
 }
 NOT_MEASURED = "not measured (no GPU)"
 

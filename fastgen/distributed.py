@@ -7,6 +7,7 @@ GPU. How processes are started: `launch.py`. How gradients are summed: `gradient
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -179,6 +180,8 @@ def joined(settings: DistSettings, device_kind: str, environment: Mapping[str, s
         if explained is None:
             raise
         raise explained from error
+    # Graphs that captured NCCL's work go first; engines hold theirs in a cycle.
+    gc.collect()
     # Not after an error: NCCL would wait for what will never come.
     dist.destroy_process_group()
 
