@@ -24,6 +24,7 @@ from fastgen.data.cifar import LAYOUTS, PIXELS
 from fastgen.data.facts import Facts
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
+from fastgen.distributed import ALONE, Group
 from fastgen.errors import Stopped
 from fastgen.meters import Tally
 from fastgen.plan import Objective
@@ -65,7 +66,7 @@ def check_engines(case: Case, ways: Sequence[tuple[Way, Precision]]) -> Iterator
         # Dynamo falls back to eager past a number of compilations of one function: begin anew.
         torch.compiler.reset()
         for role, objective in OBJECTIVES.items():
-            losses = _losses(replace(case, precision=precision), way, objective, LEARN_STEPS, LEARN_LR)
+            losses = losses_of(replace(case, precision=precision), way, objective, LEARN_STEPS, LEARN_LR)
             name = f"{way.name} {role}, {precision}: loss at the end over the start"
             where = f"{losses[0]:.3f} to {losses[-1]:.3f}"
             yield Outcome(name, _fall(losses), LEARN_LOSS_RATIO, where, learns(way, precision))
@@ -79,9 +80,9 @@ def _check_agreement(case: Case) -> Iterator[Outcome]:
     case = replace(case, precision="fp32")
     with full_fp32():
         for role, objective in OBJECTIVES.items():
-            eager = _losses(case, Way("eager"), objective, AGREE_STEPS, AGREE_LR)
+            eager = losses_of(case, Way("eager"), objective, AGREE_STEPS, AGREE_LR)
             for way in ways_on(case.device)[1:]:
-                found = _losses(case, way, objective, AGREE_STEPS, AGREE_LR)
+                found = losses_of(case, way, objective, AGREE_STEPS, AGREE_LR)
                 error = float(np.max(np.abs(found - eager) / np.abs(eager)))
                 name = f"{way.name} {role} beside eager, fp32: relative loss"
                 yield Outcome(name, error, AGREE_RELATIVE, of=agrees(way))
@@ -105,15 +106,17 @@ def _check_curves(case: Case, ways: Iterable[Way]) -> Iterator[Outcome]:
 
 
 def _curve(case: Case, way: Way, objective: Objective, init_seed: int) -> Losses:
-    losses = _losses(case, way, objective, CURVE_STEPS, LEARN_LR, init_seed)
+    losses = losses_of(case, way, objective, CURVE_STEPS, LEARN_LR, init_seed)
     return losses.reshape(-1, CURVE_WINDOW).mean(axis=1)
 
 
-def _losses(case: Case, way: Way, objective: Objective, steps: int, lr: float, init_seed: int = 0) -> Losses:
+def losses_of(
+    case: Case, way: Way, objective: Objective, steps: int, lr: float, init_seed: int = 0, group: Group = ALONE
+) -> Losses:
     """Loss of each step, fp64; epochs are whole, with their smaller last batch."""
     case = case.run_by(way)
     loader = ResidentLoader(case.split, case.facts.pad_px, case.device, case.kernels == "triton")
-    rig = make_rig(case, way.engine, objective, loader, lr=lr, init_seed=init_seed, whole_epochs=True)
+    rig = make_rig(case, way.engine, objective, loader, lr=lr, init_seed=init_seed, whole_epochs=True, group=group)
     found: list[float] = []
     at_once = 1
     while len(found) < steps:

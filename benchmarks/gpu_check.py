@@ -37,6 +37,7 @@ from benchmarks.checks import (
     check_teacher,
     check_views,
 )
+from benchmarks.checks_distributed import check_distributed
 from benchmarks.checks_training import check_engines, check_resume, memorisable_split
 from benchmarks.common import RESULTS, ROOT, append_rows, choose, facts_line, positive_minutes
 from benchmarks.rigs import PLAIN_WAYS, Case, Precision, Way, hush_compiler, random_split
@@ -139,7 +140,19 @@ TABLES = (
 )
 
 Check = Callable[[], Iterator[Outcome]]
-PARTS = ("losses", "kernels", "views", "init", "teacher", "labels", "resume", "engines", "speed", "tables")
+PARTS = (
+    "losses",
+    "kernels",
+    "views",
+    "init",
+    "teacher",
+    "labels",
+    "resume",
+    "engines",
+    "distributed",
+    "speed",
+    "tables",
+)
 
 
 class ChecksFailed(FastgenError):
@@ -194,6 +207,7 @@ def _groups(
         "labels": lambda: checks_fused.check_labels(case, folder / "labels"),
         "resume": lambda: check_resume(folder, seed, device, size.model, size.resume),
         "engines": lambda: check_engines(case, size.learn),
+        "distributed": lambda: check_distributed(case),
         "speed": lambda: _measure_speed(size, device, results, deadline),
         "tables": lambda: _print_tables(device, results, deadline),
     }

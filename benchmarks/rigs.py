@@ -20,6 +20,7 @@ from fastgen.data.batch import Batch, Loader
 from fastgen.data.cifar import read_cifar
 from fastgen.data.facts import DATASETS, Facts
 from fastgen.data.split import Split
+from fastgen.distributed import ALONE, Group
 from fastgen.engines import Engine, Plant, make_engine
 from fastgen.errors import UserError
 from fastgen.grade import make_grade
@@ -167,6 +168,7 @@ def make_rig(
     lr: float = LR,
     init_seed: int = 0,
     whole_epochs: bool = False,
+    group: Group = ALONE,
 ) -> Rig:
     """The trainer's steps for one generation, on images of the loader.
 
@@ -180,12 +182,13 @@ def make_rig(
         lr: of every step.
         init_seed: of the student's, or patriarch's, weights.
         whole_epochs: see `rig_of`.
+        group: the processes that train together.
     """
     teacher = None
     if objective.teacher_weight:
         teacher = _teacher(case, next(endless_batches(loader, case)))
     supply = supply_of(case, loader, teacher)
-    return rig_of(case, engine, objective, supply, lr=lr, init_seed=init_seed, whole_epochs=whole_epochs)
+    return rig_of(case, engine, objective, supply, lr=lr, init_seed=init_seed, whole_epochs=whole_epochs, group=group)
 
 
 def supply_of(case: Case, loader: Loader, teacher: Teacher | None) -> Supply:
@@ -203,26 +206,28 @@ def rig_of(
     lr: float = LR,
     init_seed: int = 0,
     whole_epochs: bool = False,
+    group: Group = ALONE,
 ) -> Rig:
     """The trainer's steps on what is supplied.
 
     Args:
         whole_epochs: with the batches at an epoch's end that are smaller, or too few for a program; else they are left
             out, so that all steps count alike.
+        group: the processes that train together.
     """
     train = case.settings(engine)
     model = fresh_network(case, init_seed).train()
     if case.batchnorm == "triton":
         model = fuse_norm_act(model)
     grade = make_grade(objective, fused=case.kernels == "triton")
-    learner = make_learner(model, grade, supply.live_teacher, supply.prepare, train, case.device)
+    learner = make_learner(model, grade, supply.live_teacher, supply.prepare, train, case.device, group=group)
     samples = len(case.split)
     if not whole_epochs:
         samples -= samples % (case.batch_size * (case.graph_steps if engine == "graph" else 1))
     facts = case.facts
     sizes = {min(case.batch_size, samples), samples % case.batch_size} - {0}
     shapes = [(size, facts.height_px, facts.width_px) for size in sorted(sizes)]
-    plant = Plant(learner, supply, train, samples, shapes, facts.channels, False, case.device)
+    plant = Plant(learner, supply, train, samples, shapes, facts.channels, False, case.device, group.share)
     return Rig(_endless_tallies(case, make_engine(plant), samples, lr))
 
 

@@ -136,7 +136,7 @@ class GraphEngine:
 
     def __init__(self, plant: Plant) -> None:
         self._plant = plant
-        self._capture = Capture(plant.learner.group.world) if plant.device.type == "cuda" else None
+        self._capture = Capture(joined=plant.learner.group.control is not None) if plant.device.type == "cuda" else None
         source = plant.supply.source
         programs: dict[tuple[int, ...], Program]
         if source is None:

@@ -29,7 +29,7 @@ _BUFFERS_ALONE: dict[str, Any] = {
 
 
 class Reducer:
-    """Sums gradients over the processes; with one process it does nothing.
+    """Sums gradients over the processes; where none has joined another it does nothing.
 
     Args:
         forward: of a part of a batch, by the working copy.
@@ -45,7 +45,7 @@ class Reducer:
         self._working = working
         self._forward = forward
         self._wrapped: DistributedDataParallel | None = None
-        if group.world > 1:
+        if group.control is not None:
             self._wrapped = _wrapped(_Whole(working.network, forward), device, static=parts == 1)
             # DDP compares annotations of a hook, which it takes for classes; ours are texts.
             self._wrapped.register_comm_hook(working, lambda working, bucket: _sum(working, bucket))

@@ -243,7 +243,7 @@ class FakeCapture:
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_all_programs_are_warmed_up_then_captured_largest_first(monkeypatch, ahead):
     case, made = case_of(images=104), []
-    monkeypatch.setattr(engines, "Capture", lambda processes: made.append(FakeCapture()) or made[-1])
+    monkeypatch.setattr(engines, "Capture", lambda joined: made.append(FakeCapture()) or made[-1])
     plant = plant_of(case, "graph", ahead=ahead)
     object.__setattr__(plant.train, "graph_steps", 4)
     object.__setattr__(plant, "device", SimpleNamespace(type="cuda"))
