@@ -26,9 +26,12 @@ T = TypeVar("T")
 
 # What a host that is alive needs to answer a question, at most.
 ROLL_CALL_SECONDS = 5.0
-# How gloo and NCCL word the loss of another process. Their exceptions have no class of their own.
-LOST_WORDS = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "roken pipe", "NCCL", "gloo")
-LATE_WORDS = ("imed out", "imeout")
+# How gloo words the loss of another process, and how NCCL does: their exceptions have no class of their own. Other errors
+# of theirs, such as two processes on one GPU, are told as they are.
+LOST_WORDS = ("gloo/transport/tcp", "ncclRemoteError")
+LATE_WORDS = ("gloo/transport/tcp", "Timed out waiting")
+# Downloading and reading may take the main process hours; that it dies is noticed at once.
+SETUP_PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Group:
         rank, world: this process, of so many.
         local_rank, local_world: of those of this machine.
         control: what small things are told over; None: there is one process.
+        setup: for what may take the main process long; None: as control.
         roll: kept for `roll_call` alone, as a group that has failed once answers no more.
     """
 
@@ -47,6 +51,7 @@ class Group:
     local_rank: int = 0
     local_world: int = 1
     control: dist.ProcessGroup | None = field(default=None, compare=False)
+    setup: dist.ProcessGroup | None = field(default=None, compare=False)
     roll: dist.ProcessGroup | None = field(default=None, compare=False)
 
     @property
@@ -61,11 +66,7 @@ class Group:
 
     def agree(self, value: T) -> T:
         """The main process's value, everywhere; plain values and tensors on the CPU."""
-        if self.control is None:
-            return value
-        told: list[Any] = [value if self.main else None]
-        dist.broadcast_object_list(told, src=0, group=self.control)
-        return told[0]
+        return self._told(value, self.control)
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes by rank, everywhere."""
@@ -110,17 +111,18 @@ class Group:
         """
         if self.control is None:
             return call()
+        patient = self.setup or self.control
         if not self.main:
-            code = self.agree(0)
+            code = self._told(0, patient)
             if code:
                 raise Told(code)
             return call()
         try:
             done = call()
         except BaseException as error:
-            self.agree(error.exit_code if isinstance(error, FastgenError) else 1)
+            self._told(error.exit_code if isinstance(error, FastgenError) else 1, patient)
             raise
-        self.agree(0)
+        self._told(0, patient)
         return done
 
     def roll_call(self) -> str | None:
@@ -139,8 +141,15 @@ class Group:
             if self.main and "failed to pass" in text:
                 missing = text.partition("failed to pass")[0].rpartition("Rank")[2].lstrip("s ").strip()
                 return missing
-            return "0" if not self.main and _says(error, LATE_WORDS) else None
+            return "0" if not self.main and _says_all(error, LATE_WORDS) else None
         return None
+
+    def _told(self, value: T, over: dist.ProcessGroup | None) -> T:
+        if over is None:
+            return value
+        told: list[Any] = [value if self.main else None]
+        dist.broadcast_object_list(told, src=0, group=over)
+        return told[0]
 
 
 ALONE = Group()
@@ -170,9 +179,10 @@ def joined(settings: DistSettings, device_kind: str, environment: Mapping[str, s
     backend = "gloo" if device_kind == "cpu" else "cpu:gloo,cuda:nccl"
     # Hosts notice first (`ask_most` in each step): NCCL's own watchdog would end the process without a word.
     dist.init_process_group(backend, timeout=patience if device_kind == "cpu" else 2 * patience)
-    control, roll = _group_of_all(patience), _group_of_all(patience)
+    control, setup, roll = (_group_of_all(each) for each in (patience, SETUP_PATIENCE, patience))
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    group = Group(rank, world, int(environment["LOCAL_RANK"]), int(environment["LOCAL_WORLD_SIZE"]), control, roll)
+    local_rank, local_world = int(environment["LOCAL_RANK"]), int(environment["LOCAL_WORLD_SIZE"])
+    group = Group(rank, world, local_rank, local_world, control, setup, roll)
     try:
         yield group
     except RuntimeError as error:
@@ -196,9 +206,9 @@ def _group_of_all(patience: datetime.timedelta) -> dist.ProcessGroup:
 def _explained(error: RuntimeError, group: Group, timeout_minutes: float) -> LostProcess | None:
     """Tells the loss of another process as what it is; None: the error is of another kind."""
     me = f"process {group.rank} of {group.world}"
-    if isinstance(error, torch.OutOfMemoryError) or not _says(error, LOST_WORDS + LATE_WORDS):
+    if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in LOST_WORDS):
         return None
-    if not _says(error, LATE_WORDS):
+    if not _says_all(error, LATE_WORDS):
         return LostProcess(f"{me} lost the connection to another one", primary=False)
     missing = group.roll_call()
     if missing is None:
@@ -210,5 +220,5 @@ def _explained(error: RuntimeError, group: Group, timeout_minutes: float) -> Los
     )
 
 
-def _says(error: BaseException, words: Sequence[str]) -> bool:
-    return any(word in str(error) for word in words)
+def _says_all(error: BaseException, words: Sequence[str]) -> bool:
+    return all(word in str(error) for word in words)

@@ -25,7 +25,7 @@ from fastgen.labels import CRC_BYTES, CRC_DTYPE, TableKind, table_path
 from fastgen.locks import InUse, locked
 from fastgen.nodes import read_json
 from fastgen.step import Prepare
-from fastgen.stop import StopRequest
+from fastgen.stop import Checks
 from fastgen.teacher import Teacher
 
 TABLE_BATCH = 1024
@@ -38,7 +38,7 @@ def build_table(
     loader: Loader,
     prepare: Prepare,
     teacher: Teacher,
-    stop: StopRequest,
+    stop: Checks,
     passed: Callable[[int], None],
     say: Callable[[str], None],
 ) -> None:
@@ -69,7 +69,7 @@ def build_table(
 
 
 def _fill(
-    folder: Path, kind: TableKind, label: Callable[[int], bytes], stop: StopRequest, passed: Callable[[int], None]
+    folder: Path, kind: TableKind, label: Callable[[int], bytes], stop: Checks, passed: Callable[[int], None]
 ) -> None:
     partial, journal = _partial(folder), _journal(folder)
     sums = _resume(partial, journal, kind)
@@ -90,7 +90,7 @@ def _fill(
 
 
 @contextmanager
-def _locked_in_turn(folder: Path, stop: StopRequest, say: Callable[[str], None]) -> Iterator[None]:
+def _locked_in_turn(folder: Path, stop: Checks, say: Callable[[str], None]) -> Iterator[None]:
     """Holds the folder, after whoever holds it now."""
     with ExitStack() as held:
         told = False
@@ -178,7 +178,7 @@ def _costing(folder: Path) -> Iterator[None]:
         _note_cost(folder, seconds + time.monotonic() - began, student)
 
 
-def claim_cost(folder: Path, student: str, stop: StopRequest, say: Callable[[str], None]) -> float:
+def claim_cost(folder: Path, student: str, stop: Checks, say: Callable[[str], None]) -> float:
     """Seconds that a table's sessions took, for the first student that asks, however often it asks; 0 for others.
 
     Args:

@@ -175,6 +175,11 @@ def _teaching_identity(settings: dict[str, Any], teacher_id: str | None) -> dict
     return {"teaching": settings["teacher"]} if teacher_id is not None and "teacher" in settings else {}
 
 
+def _together_identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """How several processes treat batch-norm, where that is not the default. How many there are is not asked."""
+    return {"dist": settings["dist"]} if "dist" in settings else {}
+
+
 def _generation(
     recipe: Recipe, data: dict[str, Any], index: int, before: str | None, named: Teacher | None
 ) -> Generation:
@@ -184,16 +189,20 @@ def _generation(
     init_seed = init_seed_of(_seed(recipe.run.init_seed), index)
     data_seed = _seed(recipe.data.seed)
     settings = recipe.identity()
-    identity = {
-        "format": NODE_FORMAT,
-        "generation": index,
-        "objective": asdict(objective),
-        "teacher": teacher_id,
-        "init_seed": init_seed,
-        "model": settings["model"],
-        "train": _train_identity(settings["train"]),
-        "data": data,
-    } | _teaching_identity(settings, teacher_id)
+    identity = (
+        {
+            "format": NODE_FORMAT,
+            "generation": index,
+            "objective": asdict(objective),
+            "teacher": teacher_id,
+            "init_seed": init_seed,
+            "model": settings["model"],
+            "train": _train_identity(settings["train"]),
+            "data": data,
+        }
+        | _teaching_identity(settings, teacher_id)
+        | _together_identity(settings)
+    )
     return Generation(
         index=index,
         role="student" if taught else ("patriarch" if index == 0 else "independent"),

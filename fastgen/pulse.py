@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fastgen.distributed import Group
+from fastgen.errors import Stopped
+from fastgen.stop import StopRequest
 
 
 class Wish(NamedTuple):
@@ -49,6 +51,38 @@ class Pulse:
             return found
         before = _read(earlier)
         return Wish(max(before.stop, found.stop), before.save or found.save)
+
+
+class StopsOfAll:
+    """Signals to any process end what the main one does alone, while the others wait for it.
+
+    Args:
+        group: of the run.
+        stop: of this process.
+    """
+
+    def __init__(self, group: Group, stop: StopRequest) -> None:
+        self._group = group
+        self._stop = stop
+
+    def check(self) -> None:
+        """For the main process, from time to time: raises Stopped in all if a signal came to one of them."""
+        self._ask(done=False)
+
+    def end(self) -> None:
+        """For the main process, at the end: the others go on."""
+        self._ask(done=True)
+
+    def wait(self) -> None:
+        """For the others: until the end, or until Stopped is raised in all."""
+        while not self._ask(done=False):
+            pass
+
+    def _ask(self, *, done: bool) -> bool:
+        number, ended = self._group.most([self._stop.number, int(done)])
+        if number:
+            raise Stopped(number)
+        return bool(ended)
 
 
 def _read(answer: Callable[[], list[int]]) -> Wish:

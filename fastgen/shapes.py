@@ -33,6 +33,8 @@ def part_shapes(recipe: Recipe, dataset: Dataset, share: Share = WHOLE) -> list[
             pixel, which has no variance.
     """
     _require_images_for_all(recipe, len(dataset.train), share)
+    if recipe.dist.batchnorm == "synchronised":
+        _require_equal_parts(recipe, len(dataset.train), share)
     counts, sides = _part_sizes(recipe, len(dataset.train), share), view_sizes(recipe, dataset)
     smallest = min(min(side) for side in sides)
     if min(counts) == 1 and recipe.model.name in PHOTO_MODELS and smallest <= PHOTO_STRIDE_PX:
@@ -98,6 +100,18 @@ def _require_images_for_all(recipe: Recipe, samples: int, share: Share) -> None:
             f"{which} holds {least} images, fewer than the {share.world} processes: change train.batch_size or "
             "dist.processes"
         )
+
+
+def _require_equal_parts(recipe: Recipe, samples: int, share: Share) -> None:
+    """Synchronised batch-norms of all processes meet in each part."""
+    parts = recipe.train.accumulate_steps
+    for images in group_sizes(samples, recipe.train.batch_size, 1):
+        counts = {len(own_bounds(images, parts, Share(rank, share.world))) for rank in range(share.world)}
+        if len(counts) > 1:
+            raise UserError(
+                f"a batch of {images} images gives {share.world} processes unlike numbers of parts, which synchronised "
+                "batch-norm cannot have: change train.batch_size or train.accumulate_steps"
+            )
 
 
 def view_sizes(recipe: Recipe, dataset: Dataset) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from types import FrameType, TracebackType
+from typing import Protocol
 
 from fastgen.errors import Stopped
 
@@ -23,6 +24,14 @@ def heeded() -> tuple[signal.Signals, ...]:
     """Those of SIGNALS that are listened to: all, but for SIGHUP where `nohup` started us, which has it ignored."""
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return tuple(number for number in SIGNALS if number != signal.SIGHUP or not nohup)
+
+
+class Checks(Protocol):
+    """Something that can be asked whether to stop."""
+
+    def check(self) -> None:
+        """Raises Stopped where a stop is asked for."""
+        ...
 
 
 class StopRequest:

@@ -11,6 +11,8 @@ from fastgen.augment import Normaliser
 from fastgen.crops import NO_JITTER, JitterPolicy, ShiftCrop
 from fastgen.data.batch import Batch, DeviceSource, Loader
 from fastgen.data.resident import ResidentLoader
+from fastgen.distributed import ALONE, Group
+from fastgen.errors import MachineError
 from fastgen.evaluate import load_network
 from fastgen.labelling import TABLE_BATCH, build_table, claim_cost
 from fastgen.labels import LabelTable, TableKind, read_table, table_path
@@ -18,8 +20,10 @@ from fastgen.lessons import LookAhead, TableLoader, TableSource
 from fastgen.meters import Stopwatch
 from fastgen.nodes import Node
 from fastgen.plan import Generation
+from fastgen.pulse import StopsOfAll
 from fastgen.shapes import group_sizes
 from fastgen.step import DTYPES, Prepare, make_prepare
+from fastgen.stop import Checks
 from fastgen.teacher import FrozenTeacher, Teacher, make_teacher
 from fastgen.workbench import Workbench
 
@@ -138,14 +142,14 @@ def make_supply(
         for batches in (settings.look_ahead_batches, 1)
         for images in group_sizes(len(bench.dataset.train), train.batch_size, batches, bench.group.share)
     }
-    teacher = _teacher(bench, teacher_weights, max(groups), len(groups) * len(sides))
+    teacher = _teacher(bench, teacher_weights, max(groups), len(groups) * len(sides), bench.group)
     return supply.with_teacher(teacher, settings.look_ahead_batches, facts.classes)
 
 
-def _teacher(bench: Workbench, weights: Path, images: int, shapes: int) -> FrozenTeacher:
-    """The teacher, for passes of so many images."""
+def _teacher(bench: Workbench, weights: Path, images: int, shapes: int, group: Group = ALONE) -> FrozenTeacher:
+    """The teacher, for passes of so many images; a group's main process reads its weights for all."""
     recipe, facts = bench.recipe, bench.dataset.facts
-    model = load_network(recipe, bench.dataset, weights, bench.device)
+    model = load_network(recipe, bench.dataset, weights, bench.device, group)
     side_px = recipe.data.resolution_px
     height_px, width_px = facts.height_px or side_px, facts.width_px or side_px
     return make_teacher(
@@ -169,15 +173,21 @@ def _table(
 ) -> LabelTable:
     kind = _kind(bench, generation)
     folder = Path(str(bench.recipe.run.nodes)) / "labels" / kind.key
+    group = bench.group
     with stopwatch.phase("labels"):
         began = time.monotonic()
-        if not table_path(folder).exists():
-            _build_table(bench, generation, kind, folder, weights, images)
+        if not group.agree(table_path(folder).exists()):
+            labelling = StopsOfAll(group, bench.stop)
+            if group.main:
+                _build_table(bench, generation, kind, folder, weights, images, labelling)
+                labelling.end()
+            else:
+                labelling.wait()
         spent = time.monotonic() - began
         table = read_table(folder, kind, bench.device)
     if table is None:
-        raise ValueError(f"{folder}: the table was written a moment ago and is not there")
-    if not bench.group.agree(bool(node.checkpoints)):
+        raise MachineError(f"{folder}: the table was written a moment ago and is not to be seen here: start again")
+    if group.main and not node.checkpoints:
         # Sessions that were broken off, this student's or another's; a checkpoint holds what was charged before.
         stopwatch.add({"labels": max(0.0, claim_cost(folder, node.id, bench.stop, bench.recorder.say) - spent)})
     size = table_path(folder).stat().st_size
@@ -186,12 +196,18 @@ def _table(
 
 
 def _build_table(
-    bench: Workbench, generation: Generation, kind: TableKind, folder: Path, weights: Path, images: Supply
+    bench: Workbench,
+    generation: Generation,
+    kind: TableKind,
+    folder: Path,
+    weights: Path,
+    images: Supply,
+    stop: Checks,
 ) -> None:
     teacher = _teacher(bench, weights, min(TABLE_BATCH, kind.count), 2)
     what = f"teacher of generation {generation.index} labels {kind.views} views of {kind.count} images"
     with bench.recorder.display.passes(what, kind.views, kind.count) as passed:
-        build_table(folder, kind, images.loader, images.prepare, teacher, bench.stop, passed, bench.recorder.say)
+        build_table(folder, kind, images.loader, images.prepare, teacher, stop, passed, bench.recorder.say)
     bench.recorder.event("label_table", generation=generation.index, path=str(folder), teacher=teacher.how)
 
 

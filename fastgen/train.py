@@ -33,6 +33,7 @@ from fastgen.progress import PatientConsole
 from fastgen.recipe import read_recipe
 from fastgen.record import Recorder, RunFolder, open_run, run_dir
 from fastgen.results import Results
+from fastgen.shapes import part_shapes
 from fastgen.stop import StopRequest
 from fastgen.tables import confidence_table, error_table, print_table
 from fastgen.trainer import train_generation
@@ -57,7 +58,7 @@ def main(words: Sequence[str]) -> None:
             launch(words, processes, recipe.dist.max_restarts)
             return
     with joined(recipe.dist, device_kind(recipe.run)) as group:
-        train(_with_own_workers(recipe, group), group, words, began)
+        train(recipe, group, words, began)
 
 
 def train(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> None:
@@ -71,10 +72,12 @@ def train(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> N
     """
     dataset = group.in_turn(lambda: open_dataset(recipe))
     plan = make_plan(recipe, dataset.train_hash, find_teacher(recipe, dataset), dataset.pixels)
+    _require_one_plan(plan, group)
     if recipe.run.dry:
         if group.main:
             print(describe(plan))
         return
+    part_shapes(recipe, dataset, group.share)
     device = choose_device(recipe.run, group.local_rank if group.world > 1 else None)
     _require_kernels(recipe, device)
     group.in_turn(lambda: _require_teachers(recipe, plan))
@@ -98,7 +101,7 @@ def train(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> N
         except Stopped as stopped:
             recorder.event("stopped", reason=str(stopped))
             recorder.end_generation()
-            recorder.say(f"saved; resume with: python -m fastgen.train {shlex.join(words)}")
+            recorder.say(f"saved; resume with: {_command(words)}")
             raise
         except torch.OutOfMemoryError as full:
             raise MemoryError(str(full).splitlines()[0]) from None
@@ -122,8 +125,9 @@ def _run(
     stop: StopRequest,
     group: Group,
 ) -> None:
-    train_loader = build_loader(recipe, dataset, dataset.train, device)
-    evaluation_loader = build_loader(recipe, dataset, dataset.evaluation, device)
+    shared = _with_own_workers(recipe, group)
+    train_loader = build_loader(shared, dataset, dataset.train, device)
+    evaluation_loader = build_loader(shared, dataset, dataset.evaluation, device)
     bench = Workbench(recipe, dataset, device, train_loader, evaluation_loader, recorder, stop, group)
     results = Results(bench)
     recorder.event("run_begin", plan=[generation.node for generation in plan], processes=group.world)
@@ -141,7 +145,8 @@ def _run(
         if group.agree(node.finished):
             recorder.say(f"generation {generation.index} ({generation.node}) is trained already")
         else:
-            train_generation(bench, generation, node, _teacher_weights(recipe, generation))
+            weights = _teacher_weights(recipe, generation) if group.main else None
+            train_generation(bench, generation, node, group.agree(weights))
         row = results.add(generation, node)
         recorder.event("result", **row)
         if group.main:
@@ -152,6 +157,23 @@ def _run(
         print_table(error_table(results.as_dict()))
         print_table(confidence_table(results.as_dict()))
         print(f"{folder.path / 'results.json'}")
+
+
+def _require_one_plan(plan: Plan, group: Group) -> None:
+    """Processes of several hosts may have been given other recipes, or see other data."""
+    nodes = group.gather([generation.node for generation in plan])
+    others = [rank for rank, own in enumerate(nodes) if own != nodes[0]]
+    if others:
+        raise UserError(
+            f"process {others[0]} of {group.world} has another recipe or other data than process 0: give all of them "
+            "the same words, and the same files"
+        )
+
+
+def _command(words: Sequence[str]) -> str:
+    """How to go on: with the command, or with whatever else started this process."""
+    ours = BEGAN in os.environ or not started_by_launcher(os.environ)
+    return f"{'python' if ours else 'the same torchrun'} -m fastgen.train {shlex.join(words)}"
 
 
 def _with_own_workers(recipe: Recipe, group: Group) -> Recipe:

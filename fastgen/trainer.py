@@ -67,6 +67,7 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
             _resume(bench, training, node)
             engine = _make_engine(bench, learner, supply)
         _announce(bench, generation, node, schedule, training, engine)
+        _measure_what_a_stop_left_out(bench, training, schedule)
         pauses = _Pauses(bench, node, lock, Pulse(group))
 
         for epoch, views in _epochs(bench, generation, training, schedule):
@@ -261,8 +262,7 @@ def _save(bench: Workbench, training: Training, views: EpochViews, node: Node, l
 def _end_epoch(bench: Workbench, training: Training, epoch: int, reading: Reading, *, measured: bool) -> None:
     """Measures the network where it is time for it, and tells; the last epoch is measured with the generation."""
     row: dict[str, Any] = {"epoch": epoch, "loss": reading.loss, "accuracy": reading.accuracy}
-    every = bench.recipe.run.eval_every_epochs
-    if measured and every and (epoch + 1) % every == 0:
+    if measured and _to_be_measured(bench, epoch):
         with training.stopwatch.phase("evaluate"):
             row |= _evaluate(bench, training.learner.model)
     training.history.append(row)
@@ -270,6 +270,21 @@ def _end_epoch(bench: Workbench, training: Training, epoch: int, reading: Readin
     seconds = training.stopwatch.seconds()
     clock = {"train_seconds": seconds.get("train", 0.0), "wall_seconds": sum(seconds.values())}
     bench.recorder.epoch(training.step, row | clock)
+
+
+def _to_be_measured(bench: Workbench, epoch: int) -> bool:
+    every = bench.recipe.run.eval_every_epochs
+    return bool(every) and (epoch + 1) % every == 0
+
+
+def _measure_what_a_stop_left_out(bench: Workbench, training: Training, schedule: Schedule) -> None:
+    """A stop at the end of an epoch does not wait for its measurement: the network is still the same."""
+    if not training.history or training.step % schedule.steps_per_epoch:
+        return
+    row = training.history[-1]
+    if "top1_error" not in row and _to_be_measured(bench, row["epoch"]):
+        with training.stopwatch.phase("evaluate"):
+            row |= _evaluate(bench, training.learner.model)
 
 
 def _evaluate(bench: Workbench, model: nn.Module) -> dict[str, float]:

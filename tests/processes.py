@@ -25,7 +25,8 @@ def _one(call: Callable[..., Any], rank: int, world: int, store: str, pipe: Any,
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120)
         )
-        group = Group(rank, world, rank, world, dist.new_group(backend="gloo"), dist.new_group(backend="gloo"))
+        groups = [dist.new_group(backend="gloo") for _ in range(3)]
+        group = Group(rank, world, rank, world, *groups)
         answer = io.BytesIO()
         # By value: torch's own way of sending tensors needs the sender to live.
         torch.save(call(group, *arguments), answer)

@@ -7,12 +7,14 @@ import json
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from processes import run_processes
 
+from fastgen import train as train_command
 from fastgen.augment import Normaliser
 from fastgen.batchnorm_sync import synchronise
 from fastgen.buffers import merge_statistics, merged_statistics, own_statistics
@@ -25,7 +27,7 @@ from fastgen.grade import make_grade
 from fastgen.learner import Learner, make_learner
 from fastgen.models import build_model, initialise
 from fastgen.plan import Objective
-from fastgen.pulse import Pulse, Wish
+from fastgen.pulse import Pulse, StopsOfAll, Wish
 from fastgen.recipe import read_recipe
 from fastgen.shapes import own_bounds, part_bounds
 from fastgen.step import DTYPES
@@ -219,6 +221,37 @@ def test_alone_a_wish_is_fulfilled_at_once():
     assert ALONE.in_turn(lambda: "done") == "done"
 
 
+def stopped_while_the_main_process_works(group):
+    """What each process meets where a signal comes to the last one alone, and what it meets where none comes."""
+    asked = SimpleNamespace(number=0)
+    ended = []
+    for signalled in (False, True):
+        asked.number = signal.SIGTERM if signalled and group.rank == group.world - 1 else 0
+        stops = StopsOfAll(group, asked)
+        try:
+            if group.main:
+                stops.check()
+                stops.check()
+                stops.end()
+            else:
+                stops.wait()
+            ended.append("went on")
+        except Stopped as stopped:
+            ended.append(stopped.exit_code)
+    plan = (SimpleNamespace(node="same"), SimpleNamespace(node="same" if group.rank < 2 else "another"))
+    try:
+        train_command._require_one_plan(plan, group)
+    except UserError as error:
+        ended.append(str(error))
+    return ended
+
+
+def test_a_signal_to_one_ends_what_the_main_process_does_alone_and_other_plans_are_refused(tmp_path):
+    for ended in run_processes(tmp_path, 3, stopped_while_the_main_process_works):
+        assert ended[:2] == ["went on", 128 + signal.SIGTERM]
+        assert ended[2].startswith("process 2 of 3 has another recipe or other data than process 0")
+
+
 # Whole runs: two generations, a last batch that is smaller, odd shares.
 RUN = {
     "data": {"dataset": "digits", "train_limit": 200, "val_limit": 60},
@@ -265,8 +298,7 @@ def whole_run(group: Group, folder: str, words: list[str], stop_after: int | Non
     try:
         recipe = read_recipe([f"--cfg={folder}/recipe.yaml", f"--run.dir={folder}/run", *words])
         train.train(recipe, group, words, time.monotonic())
-    except Stopped as stopped:
-        assert stopped.exit_code == 128 + signal.SIGTERM
+    except Stopped:
         return seen, ""
     finally:
         Learner.step, Training.take = step, take
@@ -326,7 +358,7 @@ def test_two_processes_give_the_same_bits_whatever_takes_their_steps(run):
         "graph": GRAPH,
         "ahead": ("--teacher.look_ahead_batches=3", *GRAPH),
         "table": ("--teacher.labels=table",),
-        "folder": ("--data.workers=1",),
+        "folder": ("--data.backend=folder", "--data.workers=1"),
     }.items():
         others, fingerprint_ = run(2, name, *words)
         assert others == ranks or name in ("graph", "ahead"), name
@@ -352,6 +384,21 @@ def test_a_run_goes_on_in_another_number_of_processes(run):
     third, ended = run(4, "moved")
     assert joined_by_rank(first) + joined_by_rank(second) + joined_by_rank(third) == alone
     assert ended
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stop_at_the_end_of_an_epoch_does_not_lose_its_measurement(run, world):
+    """The second epoch is to be measured; the signal comes in its last step."""
+    _, undisturbed = run(world, "whole")
+    before, ended = run(world, "cut", stop_after=2 * STEPS_IN_EPOCH)
+    assert (len(before[0]), ended) == (2 * STEPS_IN_EPOCH, "")
+    assert run(world, "cut")[1] == undisturbed
+
+
+def test_synchronised_batch_norm_refuses_unlike_numbers_of_parts(run):
+    words = ("--dist.batchnorm=synchronised", "--train.accumulate_steps=8", "--train.batch_size=39")
+    with pytest.raises(AssertionError, match="a batch of 5 images gives 2 processes unlike numbers of parts"):
+        run(2, "unlike", *words)
 
 
 def test_more_processes_than_images_is_one_line(run):

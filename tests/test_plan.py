@@ -63,6 +63,8 @@ DECISIVE_FOR_ALL = {
     "run__seed": 1,
     "gen__confidence": 0.7,
     "gen__k": 4,
+    "dist__batchnorm": "synchronised",
+    "dist__buffers": "first",
 }
 
 
@@ -77,6 +79,10 @@ def test_another_data_hash_changes_every_node(plan_of):
 
 
 NOT_DECISIVE = {
+    "dist__processes": 2,
+    "dist__max_restarts": 0,
+    "dist__timeout_minutes": 1.0,
+    "run__stop_after_minutes": 5.0,
     "run__dir": "elsewhere",
     "run__nodes": "nodes_elsewhere",
     "run__save_minutes": 0,
