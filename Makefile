@@ -10,13 +10,17 @@ LOADERS_STAMP := $(ENV)/.fastgen-loaders-installed
 # OpenCV and libjpeg-turbo for FFCV and the native decoder; a compiler and Python's headers for these and torch.compile.
 SYSTEM_PACKAGES := g++ python3-dev pkg-config libopencv-dev libturbojpeg0-dev libjpeg62-turbo-dev
 
-.PHONY: demo test env loaders check system lock clean
+.PHONY: demo test soak env loaders check system lock clean
 
 demo: env
 	$(BIN)/python -m fastgen.train --cfg rcp/demo.yaml
 
 test: loaders check
 	$(BIN)/python -m pytest
+
+# What is lost when things fail? Kills, stops, full disks and damage, for some 20 minutes. SOAK=--share=0.1 for less.
+soak: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(SOAK)
 
 check: loaders
 	$(BIN)/ruff check .
