@@ -27,7 +27,8 @@ def check_distributed(case: Case) -> Iterator[Outcome]:
     One process sums what it has itself: losses must be those of the same engine without any of it.
     """
     with _joined_alone(case.device) as group, full_fp32():
-        for precision, bound in BOUNDS.items():
+        # Compilation takes most of the time on a CPU: it is done for one precision there.
+        for precision, bound in list(BOUNDS.items())[: 1 if case.device.type == "cpu" else None]:
             for way in PLAIN_WAYS:
                 torch.compiler.reset()
                 for role, objective in OBJECTIVES.items():

@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 # What a host that is alive needs to answer a question, at most.
 ROLL_CALL_SECONDS = 5.0
-# How gloo and NCCL word the loss of another process: their exceptions have no class of their own. Other errors of theirs,
-# such as two processes on one GPU, are told as they are.
+# How gloo and NCCL word the loss of another process, as their exceptions have no class of their own. Other errors of
+# theirs, such as two processes on one GPU, are told as they are.
 LOST_WORDS = ("gloo/transport/tcp", "ncclRemoteError")
 LATE_WORDS = ("gloo/transport/tcp", "Timed out waiting")
 # Downloading and reading may take the main process hours; that it dies is noticed at once.
