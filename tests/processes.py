@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ def _one(call: Callable[..., Any], rank: int, world: int, store: str, pipe: Any,
     from fastgen.distributed import Group
 
     torch.set_num_threads(1)
+    # Where `data_prep` has started the server that forks these processes, it did so deaf to Ctrl-C.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120)

@@ -70,6 +70,8 @@ def batches_of(size):
 def one_process(rank, world, folder):
     """One of the processes: all cases one after the other, what they gave in a file."""
     torch.set_num_threads(1)
+    # Where `data_prep` has started the server that forks these processes, it did so deaf to Ctrl-C.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     store = f"file://{folder / f'store{world}'}"
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE_SECONDS)
