@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich import box
-from rich.table import Table
 
 from benchmarks.common import RESULTS, ROOT
 from fastgen.arguments import Arguments
 from fastgen.errors import FastgenError, command
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,7 @@ def run(name: str, images_from: Path | None, results: Path) -> Ended:
 
 def report(ended: Sequence[Ended]) -> None:
     """Prints how each of them ended."""
-    table = Table(title="benchmarks", box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in ("benchmark", "exit code", "seconds"):
-        table.add_column(heading, justify="left" if heading == "benchmark" else "right")
+    table = new_table("benchmarks", ("benchmark", "exit code", "seconds"), wrap=True)
     for one in ended:
         begun = one.code is not None
         table.add_row(one.name, str(one.code) if begun else NOT_MEASURED, f"{one.seconds:.0f}" if begun else "")

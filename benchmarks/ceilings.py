@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich import box
-from rich.table import Table
 
 from benchmarks.common import (
     RESULTS,
@@ -45,7 +43,7 @@ from benchmarks.common import (
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.errors import command
 from fastgen.step import DTYPES
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 
 NOT_MEASURED = "not measured (no GPU)"
 COPY, OPERATOR, LAUNCH, GRAPH = "copy", "operator", "launch", "graph"
@@ -297,9 +295,7 @@ def lines(ceilings: Ceilings) -> list[Line]:
 def report(ceilings: Ceilings) -> None:
     """Prints a line for each ceiling."""
     title = f"ceilings, {ceilings.rounds} rounds; median (quartiles)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in ("ceiling", "measured", "unit", "with"):
-        table.add_column(heading, justify="right" if heading == "measured" else "left")
+    table = new_table(title, ("ceiling", "measured", "unit", "with"), ("ceiling", "unit", "with"), wrap=True)
     for line in lines(ceilings):
         told, unit = _shown(line)
         table.add_row(line.ceiling, told, unit, f"{line.size:,} {line.size_unit}")

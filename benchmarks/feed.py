@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich import box
-from rich.table import Table
 
 from benchmarks.common import (
     RESULTS,
@@ -52,7 +50,7 @@ from fastgen.plan import make_plan
 from fastgen.recipe import help_text, parse_words, read_recipe
 from fastgen.schedule import resolution_px
 from fastgen.shapes import part_shapes
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 
 OWN_WORDS = ("--batches", "--rounds", "--minutes", "--results")
 LEAST_IMAGES = 3_000
@@ -209,9 +207,8 @@ def report(measured: Measured) -> None:
         f"{case.recipe.model.name} on {data.dataset} by {data.backend} ({workers}), {case.side_px[0]} px, "
         f"batch {case.batch_size}, {measured.timings.rounds} rounds; median (quartiles)"
     )
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in ("alone", "images a turn", "images/s", "need / give", "cores that the loader would need"):
-        table.add_column(heading, justify="left" if heading == "alone" else "right")
+    headings = ("alone", "images a turn", "images/s", "need / give", "cores that the loader would need")
+    table = new_table(title, headings, wrap=True)
     for name in measured.timings.seconds_per_step:
         told = ("-", "-") if name == LOADER else (
             measured.need_over_give(name).text(3), f"{measured.cores_needed(name):.1f} of {usable_cores()}",

@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from rich import box
-from rich.table import Table
 
 from benchmarks import generation_process
 from benchmarks.baselines import BASELINES, bare_step, bare_student_loop, fused_sgd
@@ -56,7 +54,7 @@ from fastgen.models import MODELS
 from fastgen.rules import PHOTO_MODELS
 from fastgen.step import DTYPES, EngineName
 from fastgen.supply import Supply
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 from fastgen.teacher import TeacherEngine
 
 Teaching = Literal["folded", "fused", "compile", "table"]
@@ -269,9 +267,7 @@ def report(measured: Measured) -> None:
         f"{case.model}, {case.facts.height_px} px, batch {case.batch_size}, {case.precision}, {setup.way.name}, "
         f"{timings.rounds} rounds; median (quartiles)"
     )
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in ("step", "ms", "images/s", "over generation 0", "over eager", "over timm"):
-        table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=True)
+    table = new_table(title, ("step", "ms", "images/s", "over generation 0", "over eager", "over timm"))
     for name in timings.seconds_per_step:
         role = role_of(name)
         ratios = [measured.over(name, base) for base in (name_of(0), EAGER[role], TIMM[role])]

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 from benchmarks.common import RESULTS, Floor, append_rows, facts_line, machine_facts
 from benchmarks.generation_floors import SMOKE, NotMeasured, smoke, tell_floors
@@ -23,7 +21,7 @@ from fastgen.device import choose_device
 from fastgen.errors import UserError
 from fastgen.nodes import Node, read_json
 from fastgen.recipe import help_text, parse_words, read_recipe
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 
 # Made here for each process.
 PLACES = ("run.dir", "run.nodes")
@@ -188,9 +186,7 @@ def report(whole: Whole) -> None:
 
 
 def _print_rows(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "generation" else "right", no_wrap=True)
+    table = new_table(title, headings)
     for row in rows:
         table.add_row(*row)
     print_table(table)

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich import box
 from rich.table import Table
 
 from benchmarks.common import RESULTS, ROOT, append_rows, facts_line, machine_facts
@@ -32,7 +31,7 @@ from benchmarks.kernels_cases import CASES, KERNELS, Case, by_kernel
 from benchmarks.kernels_sass import Figures, read_figures
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.errors import FastgenError, MachineError, UserError, command
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 
 CPU = torch.device("cpu")
 ARCHITECTURE = 90
@@ -315,10 +314,9 @@ def _explore(chosen: Sequence[Case], warps: Sequence[int], triton_version: str, 
 
 def _table(kernel: str, last: str) -> Table:
     title = f"{kernel}, sm_{ARCHITECTURE}; loops: instructions in them; global loads and stores as number x bits"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     headings = ("warps", "regs", "spill", "instr.", "loops", "loads", "stores", "shfl", "MUFU", "bar.")
-    for heading in ("case", *headings, last):
-        table.add_column(heading, justify="left" if heading in ("case", "verdict") else "right", no_wrap=True)
+    table = new_table(title, ("case", *headings, last), ("case", "verdict"))
+    table.padding = (0, 1, 0, 0)
     return table
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import features
-from rich import box
 from rich.table import Table
 
 from benchmarks.common import Spread, Timings, columns, spread
 from benchmarks.loaders_cases import FOLDER_NAME, JPEG, STORED, Bench, Case, Measured, Memory, case_key
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 
 # What reproducible views may cost at most (lower quartile), and the goal for our own decoder on JPEG (median).
 FLOOR_OVER_STOCK = 0.97
@@ -170,10 +169,7 @@ def _memory_table(cases: Sequence[Case], memory: Mapping[str, Memory]) -> Table:
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in ("loader", "workers", *headings):
-        table.add_column(heading, justify="left" if heading == "loader" else "right", no_wrap=True)
-    return table
+    return new_table(title, ("loader", "workers", *headings))
 
 
 def floor_lines(cases: Sequence[Case], measured: Measured) -> list[str]:

@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 from benchmarks.common import (
     RESULTS,
@@ -62,7 +60,7 @@ from benchmarks.rigs import hush_compiler
 from fastgen.arguments import Arguments, at_least_one
 from fastgen.errors import Stopped, UserError, command
 from fastgen.step import DTYPES
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 
 WARM_UP_CALLS = 3
 
@@ -179,10 +177,9 @@ def report(result: Result) -> None:
     """Prints the case's table, and its floors."""
     case, timings = result.case, result.timings
     told = f"{timings.rounds} rounds, {case.rotation}; median (quartiles)" if timings else "not timed"
-    table = Table(title=f"{case.name}: {told}", box=box.SIMPLE_HEAD, title_justify="left")
     timed = ("us", "GB/s", "speed over eager", "speed over compile") if timings else ()
-    for heading in ("candidate", *timed, "error of loss", "of gradient"):
-        table.add_column(heading, justify="left" if heading == "candidate" else "right")
+    headings = ("candidate", *timed, "error of loss", "of gradient")
+    table = new_table(f"{case.name}: {told}", headings, wrap=True)
     for name, error in result.errors.items():
         times: list[str] = []
         if timings:

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -32,7 +30,7 @@ from fastgen.grade import make_grade
 from fastgen.models import MODELS
 from fastgen.plan import Objective
 from fastgen.step import DTYPES
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 from fastgen.teacher import Teacher, make_teacher
 
 PHASES = ("forward", "backward", "meter", "optimizer")
@@ -130,9 +128,8 @@ def report(counts: Sequence[Count]) -> None:
         chosen = [count for count in counts if count.part == part]
         phases = [phase for phase in PHASES if any(count.by_phase.get(phase) for count in chosen)]
         breaks = ["graph breaks"] if part == "step" else []
-        table = Table(title=f"operators of a {part}, {precision}", box=box.SIMPLE_HEAD, title_justify="left")
-        for heading in (part, *phases, "all", *breaks):
-            table.add_column(heading, justify="left" if heading in (part, *breaks) else "right")
+        headings = (part, *phases, "all", *breaks)
+        table = new_table(f"operators of a {part}, {precision}", headings, (part, *breaks), wrap=True)
         for count in chosen:
             name = f"{count.model} {count.case}" if part == "teacher" else count.case
             numbers = [f"{count.by_phase.get(phase, 0):g}" for phase in phases]

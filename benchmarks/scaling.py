@@ -32,8 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 from benchmarks.common import RESULTS, ROOT, Floor, Spread, Timings, append_rows, columns, spread
 from benchmarks.generation_floors import NotMeasured
@@ -45,7 +43,7 @@ from fastgen.device import device_kind
 from fastgen.errors import UserError, command
 from fastgen.launch import launch
 from fastgen.recipe import help_text, parse_words
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 
 OWN_WORDS = ("--processes", "--role", "--rounds", "--steps", "--results")
 RECIPE = ROOT / "rcp" / "c100_r20_gen.yaml"
@@ -211,12 +209,10 @@ def report(setup: Setup, found: Sequence[Found]) -> None:
         f"{train.precision}, {train.engine}, kernels {train.kernels}; {found[0].timings.rounds} rounds; "
         "median (quartiles)"
     )
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     headings = (
         "scaling", "N", "batch", "images/s", "efficiency", "% lost to communication", "% lost to data",
     )  # fmt: skip
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "scaling" else "right")
+    table = new_table(title, headings, wrap=True)
     for one in found:
         table.add_row(
             one.mode,

@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
-from rich import box
-from rich.table import Table
 
 from benchmarks.common import (
     RESULTS,
@@ -50,7 +48,7 @@ from fastgen.errors import UserError, command
 from fastgen.models import MODELS
 from fastgen.rules import PHOTO_MODELS
 from fastgen.step import DTYPES
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 
 # Lets so many networks take steps for so many seconds.
 Way = Callable[[int, float], Race]
@@ -151,10 +149,9 @@ def report(setup: Setup, measured: Measured) -> None:
         f"{setup.model} {setup.role}, batch {setup.batch_size}, {setup.precision}, {setup.engine}, kernels "
         f"{setup.kernels}, batch-norm {setup.batchnorm}; {rounds} rounds of {measured.seconds:g} s; median (quartiles)"
     )
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     memory = ("MB allocated", "MB reserved") if setup.device == "cuda" else ()
-    for heading in ("networks", "way", "images/s", "over one alone", "images/s of each", *memory):
-        table.add_column(heading, justify="left" if heading == "way" else "right")
+    headings = ("networks", "way", "images/s", "over one alone", "images/s of each", *memory)
+    table = new_table(title, headings, ("way",), wrap=True)
     for side, races in measured.races.items():
         table.add_row(
             str(side.networks),

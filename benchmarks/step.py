@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 from benchmarks.baselines import BASELINES, missing
 from benchmarks.baselines import baselines as all_baselines
@@ -49,7 +47,7 @@ from fastgen.data.resident import ResidentLoader
 from fastgen.errors import UserError, command
 from fastgen.models import MODELS, build_model
 from fastgen.step import DTYPES
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 
 BARE, BARE_STUDENT = "bare", "bare student"
 PATRIARCH_ROLE, STUDENT_ROLE = "patriarch", "student"
@@ -222,12 +220,10 @@ def report(measured: Measured) -> None:
     """Prints the table, what was not measured, and each floor beside what was."""
     case, timings = measured.case, measured.timings
     title = f"{case.model}, batch {case.batch_size}, {case.precision}, {timings.rounds} rounds; median (quartiles)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     headings = (
         "step", "ms", "images/s", "over bare of its role", "student over patriarch", "MFU", "of roofline",
     )  # fmt: skip
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "step" else "right")
+    table = new_table(title, headings, wrap=True)
     for name in measured.names:
         of_role, over_patriarch = measured.over_bare_of_role(name), measured.over_patriarch(name)
         roof, seconds = measured.roof(name), measured.seconds(name)

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.checks import full_fp32
@@ -66,7 +64,7 @@ from fastgen.errors import command
 from fastgen.labels import LabelTable, TableKind
 from fastgen.models import MODELS
 from fastgen.step import DTYPES
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 from fastgen.teacher import FrozenTeacher, Teacher, TeacherEngine, make_teacher
 
 AHEAD = 8
@@ -284,9 +282,8 @@ def report(measured: Measured) -> None:
         f"teacher {case.model}, batch {case.batch_size}, {case.precision}, {measured.alone.rounds} rounds alone, "
         f"{measured.steps.rounds} of steps; median (quartiles)"
     )
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in ("teacher", "images/s", "speed over eager", "overhead of the step", "max KL", "how"):
-        table.add_column(heading, justify="left" if heading in ("teacher", "how") else "right")
+    headings = ("teacher", "images/s", "speed over eager", "overhead of the step", "max KL", "how")
+    table = new_table(title, headings, ("teacher", "how"), wrap=True)
     for one in measured.asked:
         table.add_row(
             one.name,

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 from benchmarks.common import RESULTS, append_rows, facts_line, machine_facts, read_rows
 from fastgen.arguments import Arguments, split_words
@@ -32,7 +30,7 @@ from fastgen.nodes import Node, read_json
 from fastgen.recipe import help_text, parse_words, read_recipe
 from fastgen.record import read_events, run_dir
 from fastgen.stop import StopRequest
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 from fastgen.trainings import POLL_SECONDS, stop_trainings, training_command
 
 OWN_WORDS = ("--top1_error", "--generation", "--results")
@@ -229,9 +227,7 @@ def report(asked: Asked, curves: Sequence[Curve]) -> None:
     """Prints a row a generation, and what the seconds mean."""
     target = asked.top1_error
     title = f"{asked.cfg.stem}: until the top-1 error at the end of an epoch is {target:g} % or less"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in ("generation", "top-1 %", "epochs", "train seconds", "wall seconds"):
-        table.add_column(heading, justify="left" if heading == "generation" else "right", no_wrap=True)
+    table = new_table(title, ("generation", "top-1 %", "epochs", "train seconds", "wall seconds"))
     for curve in curves:
         table.add_row(f"{curve.generation} {curve.role}", *_cells(curve, target, asked.recipe.train.epochs))
     print_table(table)

@@ -19,30 +19,29 @@ from fastgen.augment import Normaliser
 from fastgen.checkpoint import load_weights
 from fastgen.config import Recipe
 from fastgen.data import build_loader, open_dataset
-from fastgen.data.split import Dataset
+from fastgen.data.batch import Loader
+from fastgen.data.split import AnySplit, Dataset
 from fastgen.device import choose_device
 from fastgen.distributed import ALONE, Group
 from fastgen.errors import UserError, command
-from fastgen.measuring import EVALUATION_BATCH, Measurement, Tally, measure, measure_ensemble, rank_of_label
+from fastgen.measuring import Examination, Measurement, measure, measure_ensemble
 from fastgen.models import build_model
 from fastgen.recipe import read_recipe
 from fastgen.tables import measurement_table, print_table
 
-__all__ = [
-    "EVALUATION_BATCH",
-    "Measurement",
-    "Tally",
-    "evaluation_normaliser",
-    "load_network",
-    "measure",
-    "measure_ensemble",
-    "rank_of_label",
-]
 
+def examination(
+    recipe: Recipe, dataset: Dataset, split: AnySplit, loader: Loader, device: torch.device, group: Group = ALONE
+) -> Examination:
+    """What a recipe's networks are measured on.
 
-def evaluation_normaliser(dataset: Dataset, device: torch.device) -> Normaliser:
-    """The fp32 normalisation that every evaluation uses."""
-    return Normaliser(dataset.facts.mean, dataset.facts.std, device, torch.float32)
+    Args:
+        split: of the dataset: which samples.
+        loader: of the split, on the device.
+        group: whose processes share the work.
+    """
+    normalise = Normaliser(dataset.facts.mean, dataset.facts.std, device, torch.float32)
+    return Examination(loader, dataset.evaluation_views(split), normalise, recipe.gen.k, device, group)
 
 
 def load_network(
@@ -99,12 +98,11 @@ def _measure_all(
     recipe: Recipe, dataset: Dataset, networks: Sequence[tuple[str, Path]], device: torch.device
 ) -> list[tuple[str, Measurement]]:
     loader = build_loader(recipe, dataset, dataset.evaluation, device)
-    views = dataset.evaluation_views(dataset.evaluation)
-    normalise = evaluation_normaliser(dataset, device)
+    on = examination(recipe, dataset, dataset.evaluation, loader, device)
     rows, members = [], []
     for name, weights in networks:
         model = load_network(recipe, dataset, weights, device)
-        measurement, probabilities = measure(model, loader, views, normalise, recipe.gen.k, device)
+        measurement, probabilities = measure(model, on)
         rows.append((name, measurement))
         members.append(probabilities)
     if len(members) > 1 and recipe.data.backend != "synthetic":

@@ -156,31 +156,40 @@ def own_part(order: Int64, group: Group) -> Int64:
     return order[batch_of % group.world == group.rank]
 
 
+@dataclass(frozen=True)
+class Examination:
+    """What networks are measured on: the same samples in the same batches.
+
+    Attributes:
+        loader: of the samples that the views are of, in every process.
+        views: from `Dataset.evaluation_views`, of the whole evaluation.
+        normalise: fp32.
+        k: K of the top-K share.
+        device: where networks and loader are.
+        group: whose processes share the work.
+    """
+
+    loader: Loader
+    views: EpochViews
+    normalise: Normaliser
+    k: int
+    device: torch.device
+    group: Group = ALONE
+
+
 @torch.no_grad()
 def measure(
-    model: nn.Module,
-    loader: Loader,
-    views: EpochViews,
-    normalise: Normaliser,
-    k: int,
-    device: torch.device,
-    stop: StopRequest | None = None,
-    *,
-    keep: bool = True,
-    group: Group = ALONE,
+    model: nn.Module, on: Examination, stop: StopRequest | None = None, *, keep: bool = True
 ) -> tuple[Measurement, Tensor]:
     """Runs a network in eval mode over evaluation views; its mode is put back afterwards.
 
+    All processes of the group call this.
+
     Args:
         model: fp32, on the device, with the same weights in every process.
-        loader: of the samples that the views are of, in every process.
-        views: from `Dataset.evaluation_views`, of the whole evaluation.
-        normalise: from `evaluation_normaliser`.
-        k: K of the top-K share.
-        device: where model and loader are.
+        on: samples, views and processes.
         stop: asked before each batch. A process that is asked to stop waits for the others, which finish their batches.
         keep: False: no probabilities are kept, which for a training set of ILSVRC2012 would be 5 GB.
-        group: whose processes share the work; all of them call this.
 
     Returns:
         the measurement, the same everywhere; and the probabilities (n, C), fp32, on the device, of this process's own
@@ -191,13 +200,13 @@ def measure(
     """
     was_training = model.training
     model.eval()
-    tally, stopped_by = Tally(k, group), 0
+    tally, stopped_by = Tally(on.k, on.group), 0
     probabilities = []
-    for batch in loader.batches(replace(views, order=own_part(views.order, group)), EVALUATION_BATCH):
+    for batch in on.loader.batches(replace(on.views, order=own_part(on.views.order, on.group)), EVALUATION_BATCH):
         stopped_by = stop.number if stop is not None else 0
         if stopped_by:
             break
-        logits_BC = model(normalise(batch.images_NCHW)).float()
+        logits_BC = model(on.normalise(batch.images_NCHW)).float()
         log_p_BC = logits_BC.log_softmax(1)
         tally.add(logits_BC, log_p_BC, batch.labels)
         if keep:
@@ -205,7 +214,7 @@ def measure(
     model.train(was_training)
     # Nobody leaves before: the others wait for what this process tells.
     measurement = tally.read(stopped_by)
-    return measurement, torch.cat(probabilities) if probabilities else torch.empty(0, device=device)
+    return measurement, torch.cat(probabilities) if probabilities else torch.empty(0, device=on.device)
 
 
 def measure_ensemble(probabilities: Sequence[Tensor], labels: Tensor, k: int, group: Group = ALONE) -> Measurement:

@@ -27,7 +27,6 @@ from threading import Thread
 from typing import IO, Any
 
 import torch
-from rich import box
 from rich.table import Table
 
 from fastgen.arguments import Arguments, at_least_one, split_words
@@ -42,7 +41,7 @@ from fastgen.progress import PatientConsole
 from fastgen.recipe import help_text, parse_words, read_recipe
 from fastgen.record import read_events, run_dir
 from fastgen.stop import StopRequest
-from fastgen.tables import print_table
+from fastgen.tables import new_table, print_table
 from fastgen.trainings import POLL_SECONDS, STOPPED_CODES, stop_trainings, training_command
 
 OWN_WORDS = ("--seeds", "--at_once")
@@ -295,9 +294,7 @@ def repeats_table(name: str, results: Mapping[int, Mapping[str, Any]]) -> Table:
         f"{name}, seeds {_listed(seeds)}: errors in percent of {samples} {evaluated_on} images, "
         f"mean and standard deviation (n - 1) of {len(seeds)} repeats"
     )
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in ("generation", "top-1", "deviation", "ensemble top-1", "deviation", "repeats"):
-        table.add_column(heading, justify="left" if heading == "generation" else "right", no_wrap=True)
+    table = new_table(title, ("generation", "top-1", "deviation", "ensemble top-1", "deviation", "repeats"))
     for generation in sorted({row["generation"] for row in all_rows}):
         rows = [row for row in all_rows if row["generation"] == generation]
         errors = (mean_and_deviation([row[key] for row in rows]) for key in ("top1_error", "ensemble_top1_error"))

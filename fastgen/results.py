@@ -13,7 +13,7 @@ from fastgen.config import hash_of
 from fastgen.data.batch import Loader
 from fastgen.data.split import AnySplit
 from fastgen.distributed import Group
-from fastgen.evaluate import evaluation_normaliser, load_network
+from fastgen.evaluate import examination, load_network
 from fastgen.laws import confidence_for_eta, ideal_confidence
 from fastgen.measuring import Measurement, measure, measure_ensemble, own_part
 from fastgen.meters import Stopwatch
@@ -102,11 +102,10 @@ def _measure_node(bench: Workbench, node: Node) -> tuple[dict[str, Any], Tensor]
     """
     recipe, dataset, group = bench.recipe, bench.dataset, bench.group
     model = load_network(recipe, dataset, node.weights, bench.device, group)
-    normalise = evaluation_normaliser(dataset, bench.device)
 
     def measured_on(split: AnySplit, loader: Loader, keep: bool) -> tuple[Measurement, Tensor]:
-        views = dataset.evaluation_views(split)
-        return measure(model, loader, views, normalise, recipe.gen.k, bench.device, bench.stop, keep=keep, group=group)
+        on = examination(recipe, dataset, split, loader, bench.device, group)
+        return measure(model, on, bench.stop, keep=keep)
 
     stopwatch = Stopwatch(bench.device)
     with stopwatch.phase("evaluate"):

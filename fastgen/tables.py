@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 if TYPE_CHECKING:
     from fastgen.data.split import Dataset
-    from fastgen.evaluate import Measurement
+    from fastgen.measuring import Measurement
 
 PLAIN_WIDTH = 120
 
@@ -20,7 +20,7 @@ def error_table(results: Mapping[str, Any]) -> Table:
     """A row a generation, in the paper's form: errors alone and as the ensemble of 0..g; speed and time."""
     title = f"{_title(results)}: errors in percent, alone and as the ensemble of generations 0..g"
     headings = ("generation", "top-1", "top-5", "ensemble top-1", "top-5", "images/s", "seconds")
-    table = _table(title, headings)
+    table = new_table(title, headings)
     for row in results["generations"]:
         errors = ("top1_error", "top5_error", "ensemble_top1_error", "ensemble_top5_error")
         speed = (f"{row['train_images_per_second']:,.0f}", f"{row['wall_seconds']:,.0f}")
@@ -35,7 +35,7 @@ def confidence_table(results: Mapping[str, Any]) -> Table:
         "beside the laws f_g and, at the patriarch's share s, f_g(s)"
     )
     headings = ("generation", "error %", "mean p_a1", "mean p_y", "f_g", "f_g(s)", "share s")
-    table = _table(title, headings)
+    table = new_table(title, headings)
     for row in results["generations"]:
         laws = (
             "mean_confidence",
@@ -52,10 +52,24 @@ def measurement_table(rows: Sequence[tuple[str, Measurement]], dataset: Dataset)
     """A row a network, or an ensemble."""
     samples = rows[0][1].samples
     headings = ("network", "top-1 %", "top-5 %", "p_a1", "p_y", "share s", "NLL", "ECE")
-    table = _table(f"{dataset.evaluated_on}: errors and means over {samples:,} samples", headings)
+    table = new_table(f"{dataset.evaluated_on}: errors and means over {samples:,} samples", headings)
     for name, m in rows:
         values = (m.mean_confidence, m.mean_label_confidence, m.topk_share, m.nll, m.ece)
         table.add_row(name, f"{m.top1_error:.2f}", f"{m.top5_error:.2f}", *(f"{value:.3f}" for value in values))
+    return table
+
+
+def new_table(title: str, headings: Sequence[str], left: Sequence[str] = (), *, wrap: bool = False) -> Table:
+    """An empty table in the form of all of ours.
+
+    Args:
+        left: headings of columns of text; none: the first one. Numbers, in the others, stand to the right.
+        wrap: whether what is too wide for the terminal goes on in the next line, and is not cut off.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for heading in headings:
+        justify: JustifyMethod = "left" if heading in (left or headings[:1]) else "right"
+        table.add_column(heading, justify=justify, no_wrap=not wrap)
     return table
 
 
@@ -65,13 +79,6 @@ def print_table(table: Table) -> None:
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
     console.print(table)
-
-
-def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for column, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if column else "left", no_wrap=True)
-    return table
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -21,9 +21,10 @@ from fastgen.data.split import Dataset
 from fastgen.engines import Engine, Plant, make_engine
 from fastgen.environment import describe_environment
 from fastgen.errors import Diverged, MachineError, Stopped, UserError
-from fastgen.evaluate import evaluation_normaliser, measure
+from fastgen.evaluate import examination
 from fastgen.learner import Learner, new_learner
 from fastgen.locks import Lock, locked
+from fastgen.measuring import measure
 from fastgen.meters import Meter, Reading, Stopwatch
 from fastgen.nodes import Node
 from fastgen.plan import Generation
@@ -288,14 +289,10 @@ def _measure_what_a_stop_left_out(bench: Workbench, training: Training, schedule
 
 
 def _evaluate(bench: Workbench, model: nn.Module) -> dict[str, float]:
-    dataset = bench.dataset
-    views = dataset.evaluation_views(dataset.evaluation)
-    normalise = evaluation_normaliser(dataset, bench.device)
-    recipe, group = bench.recipe, bench.group
+    recipe, dataset, group = bench.recipe, bench.dataset, bench.group
+    on = examination(recipe, dataset, dataset.evaluation, bench.evaluation_loader, bench.device, group)
     with merged_statistics(model, group, recipe.dist.buffers):
-        measured, _ = measure(
-            model, bench.evaluation_loader, views, normalise, recipe.gen.k, bench.device, keep=False, group=group
-        )
+        measured, _ = measure(model, on, keep=False)
     return {"top1_error": measured.top1_error, "top5_error": measured.top5_error}
 
 

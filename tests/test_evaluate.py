@@ -14,7 +14,15 @@ from fastgen.crops import ShiftCrop
 from fastgen.data.resident import ResidentLoader
 from fastgen.data.split import Split
 from fastgen.errors import Stopped
-from fastgen.measuring import EVALUATION_BATCH, Measurement, Tally, measure, measure_ensemble, rank_of_label
+from fastgen.measuring import (
+    EVALUATION_BATCH,
+    Examination,
+    Measurement,
+    Tally,
+    measure,
+    measure_ensemble,
+    rank_of_label,
+)
 from fastgen.stop import StopRequest
 from fastgen.views import evaluation_views
 
@@ -170,13 +178,13 @@ def bench():
     views = evaluation_views(split.ids, ShiftCrop(2, 2, 0, flip=False))
     # (pixel / 255 - 0) / (1 / 255) = pixel
     normalise = Normaliser((0.0,), (1 / 255,), CPU, torch.float32)
-    return ResidentLoader(split, 0, CPU), labels, views, normalise, logits
+    return Examination(ResidentLoader(split, 0, CPU), views, normalise, 5, CPU), labels, logits
 
 
 def test_measure_counts_every_sample_once(bench):
-    loader, labels, views, normalise, logits = bench
+    on, labels, logits = bench
     model = Lookup(logits).train()
-    found, probabilities = measure(model, loader, views, normalise, 5, CPU)
+    found, probabilities = measure(model, on)
     expected = measured_f64(softmax_f64(logits), labels.tolist(), 5, logits.numpy())
     require_close(found, expected, 10, 1 + logits.abs().max().item())
     assert found.samples == 1100
@@ -187,22 +195,22 @@ def test_measure_counts_every_sample_once(bench):
 
 
 def test_measure_runs_in_eval_mode_and_puts_the_mode_back(bench):
-    loader, _, views, normalise, logits = bench
+    on, _, logits = bench
     for training in (True, False):
         model = Lookup(logits).train(training)
-        _, probabilities = measure(model, loader, views, normalise, 5, CPU)
+        _, probabilities = measure(model, on)
         assert not model.saw_training
         assert model.training == training
         assert not probabilities.requires_grad
 
 
 def test_measure_stops_when_asked(bench):
-    loader, _, views, normalise, logits = bench
+    on, _, logits = bench
     model = Lookup(logits)
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
     with pytest.raises(Stopped, match="SIGTERM"):
-        measure(model, loader, views, normalise, 5, CPU, stop)
+        measure(model, on, stop)
     assert model.batches == []
 
 

@@ -39,7 +39,7 @@ from fastgen.data.split import Split
 from fastgen.data.synthetic import SyntheticLoader
 from fastgen.distributed import ALONE, Group
 from fastgen.errors import FastgenError, Stopped
-from fastgen.measuring import Tally, measure, measure_ensemble, own_part
+from fastgen.measuring import Examination, Tally, measure, measure_ensemble, own_part
 from fastgen.models import build_model, initialise
 from fastgen.nodes import Node
 from fastgen.plan import make_plan
@@ -99,12 +99,13 @@ def networks(group, batch_size):
     images = torch.randint(0, 256, (IMAGES, SIDE, SIDE, 1), generator=generator, dtype=torch.uint8).numpy()
     split = Split(images, np.arange(IMAGES) % CLASSES, np.arange(IMAGES))
     views = evaluation_views(split.ids, ShiftCrop(SIDE, SIDE, 0, flip=False))
-    loader, normalise = ResidentLoader(split, 0, CPU), Normaliser((0.5,), (0.25,), CPU, torch.float32)
+    normalise = Normaliser((0.5,), (0.25,), CPU, torch.float32)
+    on = Examination(ResidentLoader(split, 0, CPU), views, normalise, 5, CPU, group)
     measured, members = [], []
     with batches_of(batch_size):
         for seed in range(3):
             model = initialise(build_model("resnet8", CLASSES, 1, "strided"), seed)
-            measurement, own = measure(model, loader, views, normalise, 5, CPU, group=group)
+            measurement, own = measure(model, on)
             measured.append(astuple(measurement))
             members.append(own)
         labels = torch.from_numpy(split.labels[own_part(views.order, group)])
@@ -134,7 +135,7 @@ def measure_marked(group, model, stop=None):
     views = replace(evaluation_views(split.ids, ShiftCrop(1, 1, 0, flip=False)), order=np.arange(MARKED)[::-1].copy())
     normalise = Normaliser((0.0,), (1 / 255,), CPU, torch.float32)
     with batches_of(SMALL_BATCH):
-        return measure(model, ResidentLoader(split, 0, CPU), views, normalise, 2, CPU, stop, group=group)
+        return measure(model, Examination(ResidentLoader(split, 0, CPU), views, normalise, 2, CPU, group), stop)
 
 
 def marked(group):
