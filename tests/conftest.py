@@ -20,6 +20,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+def pytest_sessionstart():
+    """Not at the top: what it imports reads the environment that was set above."""
+    from processes import start_server
+
+    start_server()
+
+
 TINY_RECIPE = {
     "data": {"dataset": "digits"},
     "model": {"name": "resnet8"},

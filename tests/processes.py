@@ -5,15 +5,26 @@ from __future__ import annotations
 import datetime
 import io
 import multiprocessing
-import signal
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PRELOAD = ["fastgen.learner", "fastgen.evaluate", "torch.distributed", "sklearn.datasets"]
+# Imported once, for all processes that tests fork.
+PRELOAD = ["pytest", "fastgen.train", "torch.distributed", "torch.utils.tensorboard", "sklearn.datasets"]
+
+
+def start_server() -> None:
+    """Starts what multiprocessing forks processes from; there is one, and whoever starts it says what it imports.
+
+    `data_prep` starts one that imports little, and is deaf to Ctrl-C: if it came first, each process of a test would
+    spend seconds on imports.
+    """
+    forkserver.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
 
 
 def _one(call: Callable[..., Any], rank: int, world: int, store: str, pipe: Any, arguments: tuple[Any, ...]) -> None:
@@ -22,8 +33,6 @@ def _one(call: Callable[..., Any], rank: int, world: int, store: str, pipe: Any,
     from fastgen.distributed import Group
 
     torch.set_num_threads(1)
-    # Where `data_prep` has started the server that forks these processes, it did so deaf to Ctrl-C.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120)
@@ -53,7 +62,6 @@ def run_processes(
         seconds: after which a process that does not answer fails the test.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)

@@ -288,7 +288,6 @@ def messy(folder):
 
 def test_a_kill_at_any_instant_of_a_save_leaves_the_old_ones_or_the_new_one(tmp_path):
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["pytest", "fastgen.checkpoint", "fastgen.models"])
     elsewhere, outcomes = save_checkpoint(tmp_path, state_at(40)), set()
     for instant in itertools.count():
         folder = tmp_path / str(instant)

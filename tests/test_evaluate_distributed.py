@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import signal
@@ -70,8 +69,6 @@ def batches_of(size):
 def one_process(rank, world, folder):
     """One of the processes: all cases one after the other, what they gave in a file."""
     torch.set_num_threads(1)
-    # Where `data_prep` has started the server that forks these processes, it did so deaf to Ctrl-C.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     store = f"file://{folder / f'store{world}'}"
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE_SECONDS)
@@ -213,8 +210,6 @@ def ended(call):
 
 def run_processes(world, folder):
     """What each of so many processes gave, by rank."""
-    # Forks of one that has imported this module: it takes seconds, and these are many.
-    multiprocessing.set_forkserver_preload([__name__])
     context = mp.start_processes(
         one_process, (world, folder), world, join=False, daemon=True, start_method="forkserver"
     )

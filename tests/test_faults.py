@@ -45,9 +45,7 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def server() -> multiprocessing.context.ForkServerContext:
     """Starts processes that have imported everything already: a kill every tenth of a second."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastgen.train", "torch.utils.tensorboard", "sklearn.datasets"])
-    return context
+    return multiprocessing.get_context("forkserver")
 
 
 def train_quietly(words: list[str]) -> None:
