@@ -20,14 +20,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-
-def pytest_sessionstart():
-    """Not at the top: what it imports reads the environment that was set above."""
-    from processes import start_server
-
-    start_server()
-
-
 TINY_RECIPE = {
     "data": {"dataset": "digits"},
     "model": {"name": "resnet8"},
@@ -55,6 +47,15 @@ def tiny_recipe(**overrides):
         if value is ...:
             del tree[section][key]
     return tree
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server_of_processes():
+    """Before any test starts it; and not before the first one, as its processes print where it was begun."""
+    # Not at the top: it imports torch, which reads the environment that is set there.
+    from processes import start_server
+
+    start_server()
 
 
 @pytest.fixture
