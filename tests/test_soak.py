@@ -6,12 +6,14 @@ import json
 import random
 import shutil
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import soak, soak_kills, soak_runs, soak_stops
+from benchmarks import soak, soak_kills, soak_runs, soak_stops, soak_trials
 from benchmarks.common import read_rows
 from benchmarks.soak_faults import FAULTS, Fault
 from benchmarks.soak_runs import Fingerprint, Outcome, Rig, differences, fingerprint, resumptions, steps_again
@@ -159,7 +161,7 @@ def soaked(monkeypatch, tmp_path, **trials):
     """Exit code of the command for faults of these names and trials."""
     faults = tuple(Fault(name, 1, 4, 1, trial) for name, trial in trials.items())
     monkeypatch.setattr(soak, "FAULTS", faults)
-    return command(soak.main, [f"--results={tmp_path}", f"--folder={tmp_path}"])
+    return command(soak.main, [f"--results={tmp_path}", f"--folder={tmp_path}", "--at_once=1"])
 
 
 def fine(case):
@@ -213,8 +215,53 @@ def test_what_cannot_be_tried_or_comes_too_late_is_said(monkeypatch, tmp_path, c
 
 
 def test_no_fault_is_begun_when_the_time_is_over(tmp_path):
-    tallies = soak.soak(Rig(tmp_path), [Fault("fine", 1, 4, 1, fine)], 1.0, time.monotonic() - 1, print)
-    assert [(tally.tried, tally.not_tried) for tally in tallies] == [(0, soak.OVER)]
+    faults, over = [Fault("fine", 1, 4, 1, fine)], time.monotonic() - 1
+    tallies = soak_trials.soak(faults, soak_trials.here(Rig(tmp_path)), 1, 1.0, over, print)
+    assert [(tally.tried, tally.not_tried) for tally in tallies] == [(0, soak_trials.OVER)]
+
+
+class Workers:
+    """Trials that end when they are told to, the newest first; those of `bad` lose something."""
+
+    def __init__(self):
+        self.flying, self.most, self.begun = [], {1: 0, 2: 0}, []
+
+    def __call__(self, fault, number):
+        self.flying.append((fault, Future()))
+        self.begun.append((fault.name, fault.processes, number))
+        self.most[fault.processes] = max(self.most[fault.processes], len(self.flying))
+        return self.flying[-1][1]
+
+    def end_one(self, futures, **_):
+        fault, future = self.flying.pop()
+        lost = "weights" if fault.name == "bad" else ""
+        future.set_result(soak_trials.Tried(1.0, None if lost else Outcome("exit 143", "", 2), lost))
+        return SimpleNamespace(done={future})
+
+
+@pytest.mark.parametrize(("at_once", "most"), [(1, {1: 1, 2: 1}), (4, {1: 4, 2: 2})])
+def test_as_many_are_disturbed_at_a_time_as_there_are_places(monkeypatch, at_once, most):
+    workers, said = Workers(), []
+    monkeypatch.setattr(soak_trials, "wait", workers.end_one)
+    faults = [Fault("two", 2, 3, 1, fine), Fault("good", 1, 5, 1, fine), Fault("bad", 1, 4, 1, fine)]
+    tallies = soak_trials.soak(faults, workers, at_once, 1.0, time.monotonic() + 60, said.append)
+    assert workers.most == most
+    # No trial more than were wanted, each by a number of its own; those of one process first.
+    wanted = [("good", 1, number) for number in range(5)] + [("bad", 1, number) for number in range(4)]
+    assert workers.begun == [*wanted, *(("two", 2, number) for number in range(3))]
+    assert [(tally.fault.name, tally.tried, len(tally.lost), tally.seconds) for tally in tallies] == [
+        ("two", 3, 0, 3.0), ("good", 5, 0, 5.0), ("bad", 4, 4, 4.0),
+    ]  # fmt: skip
+    assert said.count("LOST  bad, 1 processes: weights") == 4
+    assert sum(line.lstrip().startswith("12 of 12 faults") for line in said) == 1
+
+
+def test_workers_try_the_real_faults(tmp_path):
+    (cut,) = (fault for fault in FAULTS if fault.name == "checkpoint cut")
+    with soak_trials.in_workers(tmp_path, 2) as trier:
+        (tally,) = soak_trials.soak([cut], trier, 2, 0.1, time.monotonic() + 120, print)
+    assert (tally.tried, tally.lost, tally.not_tried) == (3, [], "")
+    assert len(list(tmp_path.glob("worker*"))) == 2
 
 
 def test_every_fault_is_of_one_name_for_each_number_of_processes():
