@@ -8,7 +8,7 @@ losses of every epoch, the errors of the ensembles; and if it ended as it should
 kill costs is the steps since the last save, which are taken again: they are counted. A stop costs none.
 
 As many are disturbed at the same time as there are cores for their processes (--at_once). Needs no GPU and no data.
-About 20 minutes on two quiet cores; after 25 nothing more is begun. The rows are appended to results/soak.csv; exit
+About 25 minutes on two quiet cores; after 28 nothing more is begun. The rows are appended to results/soak.csv; exit
 code 1 if anything was lost.
 """
 
@@ -126,7 +126,7 @@ def _parse(words: Sequence[str]) -> Any:
     names = list(dict.fromkeys(fault.name for fault in FAULTS))
     parser.add_argument("--only", action="append", choices=names, help="may be given several times")
     parser.add_argument("--share", type=_share, default=1.0, help="of the trials; each fault is tried once at least")
-    parser.add_argument("--minutes", type=positive_minutes, default=25.0, help="after which none is begun any more")
+    parser.add_argument("--minutes", type=positive_minutes, default=28.0, help="after which none is begun any more")
     parser.add_argument("--at_once", type=at_least_one, default=usable_cores(), help="processes; default one a core")
     parser.add_argument("--folder", type=Path, help="to train in; default: the system's for temporary files")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of soak.csv")

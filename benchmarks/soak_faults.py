@@ -33,7 +33,7 @@ class Fault:
         name: of the fault.
         processes: of the run.
         count: how often it is tried in full.
-        seconds: that one of them takes, roughly, on two cores; for the time left.
+        seconds: that one of them takes, roughly, of two cores; for the time left.
         trial: disturbs one training, and raises Lost if anything is lost.
         make: the training.
     """
@@ -55,16 +55,16 @@ FAULTS = (
     Fault("full disk", 1, 6, 3, soak_places.full_disk),
     Fault("read-only folder", 1, 1, 1, soak_places.read_only),
     Fault("checkpoint cut", 1, 30, 1, soak_places.cut),
-    Fault("checkpoint's bit flipped", 1, 100, 1, soak_places.flip),
+    Fault("checkpoint's bit flipped", 1, 80, 1, soak_places.flip),
     Fault("picture gone", 1, 2, 20, soak_places.vanish, photographs),
     Fault("loss is not finite", 1, 2, 2, soak_places.diverge, digits("--train.lr=1e30")),
     Fault("second command", 1, 4, 3, soak_stops.start_second),
     Fault("1, 2, 1 processes", 1, 4, 6, soak_stops.other_processes),
-    Fault("kill -9 of a rank, started again", 2, 11, 15, partial(soak_kills.kill_rank, restarts=3)),
-    Fault("kill -9 of a rank", 2, 9, 16, partial(soak_kills.kill_rank, restarts=0)),
-    Fault("kill -9 of the launcher", 2, 5, 16, soak_kills.kill_launcher),
-    Fault("kill -9 of a rank in a save", 2, 6, 13, soak_kills.kill_rank_in_save, SHORT),
-    Fault("signal", 2, 6, 16, soak_stops.stop),
+    Fault("kill -9 of a rank, started again", 2, 8, 15, partial(soak_kills.kill_rank, restarts=3)),
+    Fault("kill -9 of a rank", 2, 7, 16, partial(soak_kills.kill_rank, restarts=0)),
+    Fault("kill -9 of the launcher", 2, 4, 16, soak_kills.kill_launcher),
+    Fault("kill -9 of a rank in a save", 2, 5, 13, soak_kills.kill_rank_in_save, SHORT),
+    Fault("signal", 2, 5, 16, soak_stops.stop),
     Fault("SIGTERM to a rank", 2, 3, 16, soak_stops.stop_rank),
     Fault("time is over", 2, 3, 8, soak_stops.out_of_time),
     Fault("full disk", 2, 3, 15, soak_places.full_disk),
