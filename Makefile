@@ -18,7 +18,7 @@ demo: env
 test: loaders check
 	$(BIN)/python -m pytest
 
-# What is lost when things fail? Kills, stops, full disks and damage, for some 25 minutes. SOAK=--share=0.1 for less.
+# What is lost when things fail? Kills, stops, full disks and damage, for some 25 minutes of two cores. SOAK=--share=0.1 for less.
 soak: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(SOAK)
 
