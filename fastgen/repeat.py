@@ -10,43 +10,37 @@ CPU the repeats share the cores: with another --at_once they sum in another orde
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import os
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
-from typing import IO, Any
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from fastgen.arguments import Arguments, at_least_one, split_words
 from fastgen.config import Recipe
+from fastgen.crew import Crew, Ended
 from fastgen.data import open_dataset
 from fastgen.device import choose_device
 from fastgen.errors import FastgenError, UserError, command
 from fastgen.lookup import find_teacher
 from fastgen.nodes import read_json
 from fastgen.plan import Generation, describe, make_plan
-from fastgen.progress import PatientConsole
 from fastgen.recipe import help_text, parse_words, read_recipe
 from fastgen.record import read_events, run_dir
 from fastgen.stop import StopRequest
 from fastgen.tables import new_table, print_table
-from fastgen.trainings import POLL_SECONDS, STOPPED_CODES, stop_trainings, training_command
+from fastgen.trainings import POLL_SECONDS
 
 OWN_WORDS = ("--seeds", "--at_once")
-# For the last lines of a process that is over: a process of its own that it left behind may hold the pipe for ever.
-LAST_LINES_SECONDS = 5.0
 PROGRESS_EVENTS = ("generation_begin", "step", "epoch")
 
 
@@ -69,35 +63,14 @@ class Repeat:
     words: tuple[str, ...]
 
     @property
+    def name(self) -> str:
+        """See `Task`."""
+        return f"seed {self.seed}"
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return run_dir(self.recipe)
-
-
-@dataclass(frozen=True)
-class Running:
-    """A repeat whose process was started, and the threads that show its lines."""
-
-    repeat: Repeat
-    process: subprocess.Popen[str]
-    readers: tuple[Thread, ...]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A repeat whose process is over; a negative code is the signal that ended it."""
-
-    repeat: Repeat
-    code: int
-
-    @property
-    def how(self) -> str:
-        """For the person."""
-        if self.code in STOPPED_CODES:
-            return "was stopped"
-        if self.code < 0:
-            return f"was ended by {signal.Signals(-self.code).name}"
-        return f"ended with exit code {self.code}"
 
 
 @dataclass(frozen=True)
@@ -110,7 +83,7 @@ class Session:
             first start to the first end after which none was left to start.
     """
 
-    ended: tuple[Ended, ...]
+    ended: tuple[Ended[Repeat], ...]
     full_from: float
     full_until: float
 
@@ -177,60 +150,21 @@ def run_repeats(repeats: Sequence[Repeat], at_once: int, threads: int | None, st
         threads: of each process; None leaves them alone.
         stop: asked for signals.
     """
-    out = PatientConsole()
-    consoles = (out, PatientConsole(stderr=True))
-    waiting, running, ended = deque(repeats), list[Running](), list[Ended]()
+    environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    waiting, crew, ended = deque(repeats), Crew[Repeat](), list[Ended[Repeat]]()
     full_from, full_until = time.time(), None
     try:
-        while (waiting or running) and not stop.requested:
-            while waiting and len(running) < at_once:
-                running.append(_start(waiting.popleft(), threads, consoles))
-            if len(running) < at_once and full_until is None:
+        while (waiting or crew) and not stop.requested:
+            while waiting and len(crew) < at_once:
+                crew.start(waiting.popleft(), environment)
+            if len(crew) < at_once and full_until is None:
                 full_until = time.time()
-            for one in [one for one in running if one.process.poll() is not None]:
-                running.remove(one)
-                ended.append(_end(one, out))
+            ended += crew.reap()
             time.sleep(POLL_SECONDS)
     finally:
-        stop_trainings([one.process for one in running])
-    ended += [_end(one, out) for one in running]
+        crew.stop()
+    ended += crew.reap()
     return Session(tuple(ended), full_from, time.time() if full_until is None else full_until)
-
-
-def _start(repeat: Repeat, threads: int | None, consoles: Sequence[PatientConsole]) -> Running:
-    environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    # A session of its own: a Ctrl-C in the terminal reaches this process alone, which passes it on once.
-    process = subprocess.Popen(
-        training_command(repeat.words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        encoding="utf-8", errors="replace", env={**os.environ, **environment}, start_new_session=True,
-    )  # fmt: skip
-    readers = []
-    for pipe, console in zip((process.stdout, process.stderr), consoles, strict=True):
-        assert pipe is not None
-        readers.append(Thread(target=show_lines, args=(pipe, f"seed {repeat.seed} | ", console), daemon=True))
-        readers[-1].start()
-    return Running(repeat, process, tuple(readers))
-
-
-def show_lines(pipe: IO[str], prefix: str, console: PatientConsole) -> None:
-    """Prints each line of a pipe once it is whole, until the pipe ends. A console prints one line at a time."""
-    with pipe:
-        for line in pipe:
-            # Whatever becomes of the reader of ours: a pipe that nobody empties would hold the training up.
-            with contextlib.suppress(OSError):
-                _say(console, prefix + line.rstrip("\n"))
-
-
-def _end(one: Running, console: PatientConsole) -> Ended:
-    ended = Ended(one.repeat, one.process.wait())
-    for reader in one.readers:
-        reader.join(LAST_LINES_SECONDS)
-    _say(console, f"seed {one.repeat.seed}: {'done' if ended.code == 0 else ended.how}")
-    return ended
-
-
-def _say(console: PatientConsole, text: str) -> None:
-    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def trained_images(events: Sequence[Mapping[str, Any]], images: int, batch_size: int, until: float) -> int:
@@ -260,17 +194,17 @@ def total_speed(session: Session, begun: Sequence[int], at_once: int) -> str:
         begun: seeds whose run folders were there before.
         at_once: processes at the same time.
     """
-    failed = [ended.repeat.seed for ended in session.ended if ended.code != 0]
+    failed = [ended.task.seed for ended in session.ended if ended.code != 0]
     for seeds, why in ((failed, "not all repeats ended well"), (begun, "repeats were begun before this command")):
         if seeds:
             return f"all repeats together: images/s not measured: {why} (seeds {_listed(seeds)})"
     total = 0
     for ended in session.ended:
-        events, results = list(read_events(ended.repeat.folder)), read_json(ended.repeat.folder / "results.json")
+        events, results = list(read_events(ended.task.folder)), read_json(ended.task.folder / "results.json")
         afresh = {e["generation"] for e in events if e["event"] == "generation_begin" and e["step"] == 0}
         if {row["generation"] for row in results["generations"]} != afresh:
-            return f"all repeats together: images/s not measured: seed {ended.repeat.seed} took generations over"
-        batch_size = ended.repeat.recipe.train.batch_size
+            return f"all repeats together: images/s not measured: seed {ended.task.seed} took generations over"
+        batch_size = ended.task.recipe.train.batch_size
         total += trained_images(events, results["train_images"], batch_size, session.full_until)
     seconds = session.full_until - session.full_from
     return (
@@ -340,12 +274,12 @@ def main(words: Sequence[str]) -> None:
         if stop.requested:
             print(f"go on with: python -m fastgen.repeat {shlex.join(words)}", flush=True)
         stop.check()
-    done = sorted((one.repeat for one in session.ended if one.code == 0), key=repeats.index)
+    done = sorted((one.task for one in session.ended if one.code == 0), key=repeats.index)
     if done:
         results = {repeat.seed: read_json(repeat.folder / "results.json") for repeat in done}
         print_table(repeats_table(_name(rest), results))
     print(total_speed(session, begun, at_once))
-    failed = [f"seed {one.repeat.seed} {one.how}" for one in session.ended if one.code != 0]
+    failed = [f"seed {one.task.seed} {one.how}" for one in session.ended if one.code != 0]
     if failed:
         raise RepeatsFailed(f"{len(failed)} of {len(repeats)} repeats failed: {', '.join(failed)}")
 

@@ -18,10 +18,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgen import record, repeat, train, trainings
+from fastgen import crew, record, repeat, train, trainings
+from fastgen.crew import Ended
 from fastgen.errors import Stopped, command
 from fastgen.progress import PatientConsole
-from fastgen.repeat import Ended, Session
+from fastgen.repeat import Session
 from fastgen.stop import StopRequest
 
 pytest.importorskip("sklearn")
@@ -251,7 +252,7 @@ def run_scripts(monkeypatch, recipe, scripts, at_once, stop=None):
         seed = int(words[-1].partition("=")[2])
         return [sys.executable, "-c", scripts[seed], str(seed)]
 
-    monkeypatch.setattr(repeat, "training_command", instead)
+    monkeypatch.setattr(crew, "training_command", instead)
     return repeat.run_repeats(repeats, at_once, None, stop or StopRequest())
 
 
@@ -292,7 +293,7 @@ def test_a_reader_that_fails_does_not_hold_a_training_up(where):
     script = "for number in range(300): print('x' * 1000)"
     talker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     file = open(where(), "w")  # noqa: SIM115 (closing it fails, as it must)
-    repeat.show_lines(talker.stdout, "seed 0 | ", PatientConsole(file=file))
+    crew.show_lines(talker.stdout, "seed 0 | ", PatientConsole(file=file))
     assert talker.wait(timeout=10) == 0
     with contextlib.suppress(OSError):
         file.close()
@@ -315,7 +316,7 @@ def test_as_many_run_at_the_same_time_as_asked(monkeypatch, recipe, at_once, cod
     scripts = [MEETING.replace("20", "3" if at_once == 1 else "60")] * 2
     session = run_scripts(monkeypatch, recipe, scripts, at_once)
     assert {one.code for one in session.ended} == codes
-    assert [one.repeat.seed for one in sorted(session.ended, key=lambda one: one.repeat.seed)] == [0, 1]
+    assert [one.task.seed for one in sorted(session.ended, key=lambda one: one.task.seed)] == [0, 1]
 
 
 def test_the_full_time_ends_when_a_place_stays_empty(monkeypatch, recipe):
@@ -323,7 +324,7 @@ def test_the_full_time_ends_when_a_place_stays_empty(monkeypatch, recipe):
     begin = time.time()
     session = run_scripts(monkeypatch, recipe, scripts, at_once=2)
     seconds = time.time() - begin
-    assert [one.repeat.seed for one in session.ended] == [0, 2, 1]
+    assert [one.task.seed for one in session.ended] == [0, 2, 1]
     assert begin <= session.full_from < begin + 0.5
     # Seeds 0 and 2 one after the other, beside seed 1: not seed 1's rest.
     assert 0.7 <= session.full_until - session.full_from < seconds - 0.5
@@ -336,7 +337,7 @@ def test_who_does_not_stop_in_time_is_killed_and_named(monkeypatch, recipe, capf
     monkeypatch.setattr(trainings, "GRACE_SECONDS", 0.5)
     stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     stop = StopRequest()
-    original = repeat.show_lines
+    original = crew.show_lines
 
     def show_and_stop(pipe, prefix, console):
         with pipe:
@@ -344,12 +345,12 @@ def test_who_does_not_stop_in_time_is_killed_and_named(monkeypatch, recipe, capf
                 original(io.StringIO(line), prefix, console)
                 signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(repeat, "show_lines", show_and_stop)
+    monkeypatch.setattr(crew, "show_lines", show_and_stop)
     with stop:
         session = run_scripts(monkeypatch, recipe, [stubborn, "print('never begun')"], at_once=1, stop=stop)
         with pytest.raises(Stopped):
             stop.check()
-    assert [(one.repeat.seed, one.code) for one in session.ended] == [(0, -signal.SIGKILL)]
+    assert [(one.task.seed, one.code) for one in session.ended] == [(0, -signal.SIGKILL)]
     out = capfd.readouterr().out
     assert "did not end within 0.5 s of SIGTERM: killed" in out
     assert "seed 0: was ended by SIGKILL" in out
@@ -372,7 +373,7 @@ def test_processes_share_the_cores(monkeypatch, cores, at_once, set_by_user, thr
 def test_processes_are_told_their_threads(monkeypatch, recipe, capfd):
     repeats = repeat.make_repeats([0], ["--cfg", str(recipe)])
     script = "import os; print('threads', os.environ['OMP_NUM_THREADS'])"
-    monkeypatch.setattr(repeat, "training_command", lambda words: [sys.executable, "-c", script])
+    monkeypatch.setattr(crew, "training_command", lambda words: [sys.executable, "-c", script])
     repeat.run_repeats(repeats, 1, 7, StopRequest())
     assert "seed 0 | threads 7" in capfd.readouterr().out
 
