@@ -32,12 +32,13 @@ def at_least_one(text: str) -> int:
     return value
 
 
-def split_words(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_words(words: Sequence[str], names: Sequence[str], many: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Parts a command line into a command's own words, `--seeds=0` or `--seeds 0`, and those of the recipe.
 
     Args:
         words: without the program's name.
         names: of the command's own arguments, such as `--seeds`.
+        many: those of them that may be given several times.
 
     Raises:
         UserError: one of its own is given twice.
@@ -51,7 +52,7 @@ def split_words(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], 
             own += [word, *itertools.islice(left, 1)]
         else:
             (own if word.partition("=")[0] in names else rest).append(word)
-    for name in names:
+    for name in {*names} - {*many}:
         if sum(word.partition("=")[0] == name for word in own) > 1:
             raise UserError(f"{name} is given twice: keep one")
     return own, rest

@@ -1,0 +1,256 @@
+"""The command: trains a grid of recipes, each generation that runs share once, and tells which cell is best.
+
+python -m fastgen.sweep --cfg rcp/c100_r20_gen.yaml --data.holdout=5000 \
+    --grid gen.teacher_weight=0.5,0.6,0.7 --grid gen.confidence=0.6,1.0 --seeds 3 [--section.key=value ...]
+
+Cells are chosen between by images that are held out of the training set, never by the test set. Each generation is a
+process of its own, one on each GPU at a time; a teacher is trained before its students, and once for all of them. The
+same command goes on where it was. It ends with mean and standard deviation of a cell's errors, generation by
+generation: a table, sweep.csv, and sweep.png in the form of arXiv 1805.05551's Figure 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen.arguments import Arguments, at_least_one, split_words
+from fastgen.config import hash_of
+from fastgen.crew import Crew
+from fastgen.data import open_dataset
+from fastgen.device import choose_device
+from fastgen.errors import FastgenError, command
+from fastgen.files import write_atomically, write_json
+from fastgen.grid import (
+    Axis,
+    Run,
+    Training,
+    cells_of,
+    parse_axis,
+    recipe_path,
+    recipes_of,
+    run_folder,
+    runs_of,
+    trainings_of,
+)
+from fastgen.locks import locked
+from fastgen.nodes import find_node
+from fastgen.recipe import dump, help_text, parse_words
+from fastgen.stop import StopRequest
+from fastgen.sweep_report import report
+from fastgen.sweep_slurm import Wanted, submit
+from fastgen.trainings import POLL_SECONDS
+
+SLURM_WORDS = ("--slurm_minutes", "--slurm_partition", "--slurm_cpus")
+OWN_WORDS = ("--grid", "--seeds", "--at_once", "--dir", *SLURM_WORDS)
+
+
+class TrainingsFailed(FastgenError):
+    """Trainings that ended with an error of their own; told line by line before."""
+
+
+class Places:
+    """Where trainings run: GPUs, each for as many at a time, or shares of a CPU's cores.
+
+    Args:
+        device: that the recipe asks for.
+        at_once: trainings at the same time; None: one on each GPU, or one on a CPU.
+    """
+
+    def __init__(self, device: torch.device, at_once: int | None) -> None:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        count = torch.cuda.device_count() if device.type == "cuda" else 0
+        self._gpus = named.split(",")[:count] if named else [str(gpu) for gpu in range(count)]
+        self.at_once = at_once or max(1, count)
+        self._free = list(range(self.at_once))
+        self._taken: dict[str, int] = {}
+
+    def take(self, name: str) -> Mapping[str, str]:
+        """A place for a training; gives what its process is told of it."""
+        place = self._taken[name] = self._free.pop(0)
+        if self._gpus:
+            return {"CUDA_VISIBLE_DEVICES": self._gpus[place % len(self._gpus)]}
+        if self.at_once == 1 or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.at_once))}
+
+    def leave(self, name: str) -> None:
+        """Its training has ended."""
+        self._free.append(self._taken.pop(name))
+
+
+def run_all(trainings: Sequence[Training], finished: Iterable[str], places: Places, stop: StopRequest) -> list[str]:
+    """Runs all trainings, each when what it needs is trained; on a signal, stops those that run and starts no more.
+
+    Args:
+        trainings: in the order in which they are started where they can be.
+        finished: nodes that are trained already.
+        places: where they run.
+        stop: asked for signals.
+
+    Returns:
+        what failed, and what could not be begun for that, a line each.
+    """
+    waiting, crew, there = list(trainings), Crew[Training](), {*finished}
+    failed: list[str] = []
+    began, done = time.monotonic(), 0
+    try:
+        while (waiting or crew) and not stop.requested:
+            for training in [one for one in waiting if one.needs <= there][: places.at_once - len(crew)]:
+                waiting.remove(training)
+                crew.start(training, places.take(training.name))
+            for ended in crew.reap():
+                places.leave(ended.task.name)
+                done += 1
+                if ended.code:
+                    failed.append(f"{ended.task.name} {ended.how}")
+                elif ended.task.makes is not None:
+                    there.add(ended.task.makes)
+                print(_progress(done, len(trainings), time.monotonic() - began), flush=True)
+            if not crew and waiting and not any(one.needs <= there for one in waiting):
+                return failed + [f"{one.name} was not begun" for one in waiting]
+            time.sleep(POLL_SECONDS)
+    finally:
+        crew.stop()
+        crew.reap()
+    return failed
+
+
+def _progress(done: int, count: int, seconds: float) -> str:
+    left = seconds / done * (count - done)
+    return f"{done} of {count} processes done, {3600 * done / seconds:.0f} an hour, about {left / 60:.0f} minutes left"
+
+
+def main(words: Sequence[str]) -> None:
+    """The command.
+
+    Raises:
+        UserError: words, a recipe or data are wrong; nothing was started.
+        Stopped: a signal came; what ran has saved and ended.
+        TrainingsFailed: some failed; the others ran all the same.
+    """
+    if {"--help", "-h"} & set(words):
+        print(f"{_parser().format_help()}\n{help_text('python -m fastgen.sweep --grid section.key=value,value')}")
+        return
+    own, rest = split_words(words, OWN_WORDS, many=("--grid",))
+    options = _parser().parse_args(own)
+    cells = cells_of(options.grid)
+    runs = runs_of(recipes_of([*rest, "--dist.processes=1"], cells, options.seeds), open_dataset)
+    folder = options.dir or _folder(rest, options.grid)
+    nodes = Path(str(runs[0].recipe.run.nodes))
+    trainings = trainings_of(runs, folder, lambda node: find_node(nodes, node) is not None)
+    _announce(runs, trainings, folder)
+    if runs[0].recipe.run.dry:
+        return
+    with StopRequest() as stop:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, "this sweep", check=stop.check):
+            _write_recipes(folder, runs, options.grid)
+            there = {g.node for run in runs for g in run.plan if find_node(nodes, g.node) is not None}
+            if options.slurm_minutes is not None:
+                _submit(trainings, there, folder, options, words)
+                return
+            places = Places(choose_device(runs[0].recipe.run), options.at_once)
+            failed = run_all(trainings, there, places, stop)
+            if stop.requested:
+                print(f"go on with: python -m fastgen.sweep {shlex.join(words)}", flush=True)
+            stop.check()
+            report(folder, _name(rest), runs)
+    if failed:
+        raise TrainingsFailed(f"{len(failed)} of {len(trainings)} failed: {'; '.join(failed)}")
+
+
+def _submit(
+    trainings: Sequence[Training], there: Iterable[str], folder: Path, options: Any, words: Sequence[str]
+) -> None:
+    wanted = Wanted(options.slurm_minutes, options.slurm_partition, cpus=options.slurm_cpus, at_once=options.at_once)
+    arrays = submit(trainings, there, folder, wanted)
+    _, rest = split_words(words, SLURM_WORDS)
+    print(
+        f"submitted {len(trainings)} trainings as Slurm arrays {', '.join(arrays)}, logs in {folder / 'slurm'}; when "
+        f"they have ended, see what came of them with: python -m fastgen.sweep {shlex.join(rest)}"
+    )
+
+
+def _folder(words: Sequence[str], axes: Sequence[Axis]) -> Path:
+    """Where a sweep is kept unless it is told: beside the runs of its recipe. Other seeds are the same sweep."""
+    line = parse_words(words)
+    nodes = line.overrides.get("run.nodes", "runs/nodes")
+    what = [sorted(line.overrides.items()), line.cfg.read_text(), [[axis.key, *axis.values] for axis in axes]]
+    return Path(nodes).parent / f"sweep-{line.cfg.stem}-{hash_of(what)[:8]}"
+
+
+def _announce(runs: Sequence[Run], trainings: Sequence[Training], folder: Path) -> None:
+    generations = sum(len(run.plan) for run in runs)
+    nodes = len({generation.node for run in runs for generation in run.plan})
+    left = sum(training.makes is not None for training in trainings)
+    cells = len({run.cell.number for run in runs})
+    print(
+        f"{folder}: {cells} cells x {len(runs) // cells} seeds = {len(runs)} runs of {generations} generations: "
+        f"{nodes} to be trained as {generations - nodes} are shared, {nodes - left} of them are there",
+        flush=True,
+    )
+
+
+def _write_recipes(folder: Path, runs: Sequence[Run], axes: Sequence[Axis]) -> None:
+    for run in runs:
+        path = recipe_path(folder, run)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, dump(run.recipe).encode())
+    about: dict[str, Any] = {"grid": {axis.key: list(axis.values) for axis in axes}}
+    about["runs"] = [
+        {"folder": str(run_folder(folder, run).relative_to(folder)), "cell": dict(run.cell.values), "seed": run.seed,
+         "nodes": [generation.node for generation in run.plan]}
+        for run in runs
+    ]  # fmt: skip
+    write_json(folder / "sweep.json", about)
+
+
+def _name(words: Sequence[str]) -> str:
+    return parse_words(words).cfg.stem
+
+
+def _seeds(text: str) -> list[int]:
+    """How many, from 0 on; or a list of them."""
+    words = text.split(",")
+    if all(word.isascii() and word.isdigit() for word in words):
+        seeds = [int(word) for word in words] if "," in text else list(range(int(text)))
+        if seeds and len({*seeds}) == len(seeds):
+            return seeds
+    raise argparse.ArgumentTypeError(f"'{text}' is neither a number of seeds, such as 3, nor a list such as 0,1,2")
+
+
+def _axis(text: str) -> Axis:
+    try:
+        return parse_axis(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _parser() -> Arguments:
+    parser = Arguments("fastgen.sweep", "Trains a grid of recipes; generations that runs share are trained once.")
+    parser.add_argument(
+        "--grid", type=_axis, action="append", required=True,
+        help="a setting and its values, as gen.teacher_weight=0.5,0.7; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=_seeds, default=[0], help="how many, from 0 on, or a list as 3,5; default 1")
+    parser.add_argument("--at_once", type=at_least_one, help="processes at a time; default one a GPU, 1 on a CPU")
+    parser.add_argument(
+        "--slurm_minutes", type=at_least_one, help="submit Slurm arrays with this time limit a training"
+    )
+    parser.add_argument("--slurm_partition", default="", help="of the cluster; default its own")
+    parser.add_argument("--slurm_cpus", type=at_least_one, default=8, help="cores of each training")
+    parser.add_argument("--dir", type=Path, help="folder of the sweep; default runs/sweep-<recipe>-<hash>")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(command(main, sys.argv[1:]))

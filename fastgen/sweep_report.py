@@ -1,0 +1,153 @@
+"""What came of a sweep: mean and standard deviation of each cell, as a table, a file and a figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fastgen.files import write_atomically
+from fastgen.grid import Cell, Run, run_folder
+from fastgen.nodes import read_json
+from fastgen.tables import new_table, print_table
+
+MEASURES = {"top1_error": "top-1 error", "ensemble_top1_error": "ensemble's top-1 error"}
+# Beyond so many a legend hides the figure.
+MOST_LINES = 24
+
+
+@dataclass(frozen=True)
+class Point:
+    """Errors of one cell's generation over the seeds, in percent.
+
+    Attributes:
+        values: by measure, one a seed.
+    """
+
+    cell: Cell
+    generation: int
+    role: str
+    values: dict[str, list[float]]
+
+    def mean(self, measure: str) -> float:
+        """Over the seeds."""
+        return statistics.mean(self.values[measure])
+
+    def deviation(self, measure: str) -> float | None:
+        """Standard deviation over the seeds, n - 1 in the denominator; None: there is one."""
+        values = self.values[measure]
+        return statistics.stdev(values) if len(values) > 1 else None
+
+
+def points_of(results: Sequence[tuple[Run, dict[str, Any]]]) -> list[Point]:
+    """A point for each generation of each cell that has been measured with every one of its seeds that is there."""
+    found: dict[tuple[int, int], Point] = {}
+    for run, content in results:
+        for row in content["generations"]:
+            if any(row[measure] is None for measure in MEASURES):
+                continue
+            key = run.cell.number, row["generation"]
+            point = found.setdefault(key, Point(run.cell, row["generation"], row["role"], {m: [] for m in MEASURES}))
+            for measure in MEASURES:
+                point.values[measure].append(row[measure])
+    return [found[key] for key in sorted(found)]
+
+
+def report(folder: Path, name: str, runs: Sequence[Run]) -> None:
+    """Prints the table of a sweep, and writes sweep.csv and sweep.png.
+
+    Args:
+        folder: of the sweep.
+        name: of its recipe.
+        runs: of which those that are measured are told.
+    """
+    paths = {run.label: run_folder(folder, run) / "results.json" for run in runs}
+    results = [(run, read_json(paths[run.label])) for run in runs if paths[run.label].exists()]
+    points = points_of(results)
+    if not points:
+        print("nothing is measured yet")
+        return
+    images = {row["samples_evaluated"] for _, content in results for row in content["generations"]}
+    counted = " and ".join(f"{count:,}" for count in sorted(images))
+    title = f"{name}: errors in percent of {counted} held-out images, mean ± standard deviation (n - 1) of the seeds"
+    print_table(table(title, points))
+    best = chosen(points)
+    print(
+        f"lowest {MEASURES['top1_error']} in the last generation: {best.cell.name}, {_text(best, 'top1_error')} "
+        f"({len(best.values['top1_error'])} seeds)"
+    )
+    write_atomically(folder / "sweep.csv", _csv(points).encode())
+    draw(folder / "sweep.png", name, points)
+    print(f"{folder / 'sweep.csv'}  {folder / 'sweep.png'}")
+
+
+def chosen(points: Sequence[Point]) -> Point:
+    """The last generation of the cell in which it errs least, by mean; among equals the first cell."""
+    last = max(point.generation for point in points)
+    return min((point for point in points if point.generation == last), key=lambda point: point.mean("top1_error"))
+
+
+def table(title: str, points: Sequence[Point]) -> Table:
+    """A row a cell and generation."""
+    shown = new_table(title, ("cell", "generation", "seeds", *MEASURES.values()), ("cell", "generation"), wrap=True)
+    for point in points:
+        errors = (_text(point, measure) for measure in MEASURES)
+        seeds = str(len(point.values["top1_error"]))
+        name = point.cell.name if point.generation == 0 else ""
+        shown.add_row(name, f"{point.generation} {point.role}", seeds, *errors)
+    return shown
+
+
+def _text(point: Point, measure: str) -> str:
+    deviation = point.deviation(measure)
+    return f"{point.mean(measure):.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+
+
+def _csv(points: Sequence[Point]) -> str:
+    text = io.StringIO()
+    rows = [_row(point) for point in points]
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _row(point: Point) -> dict[str, Any]:
+    row: dict[str, Any] = {**point.cell.values, "generation": point.generation, "role": point.role}
+    row["seeds"] = len(point.values["top1_error"])
+    for measure in MEASURES:
+        deviation = point.deviation(measure)
+        row[f"{measure}_mean"] = round(point.mean(measure), 4)
+        row[f"{measure}_deviation"] = None if deviation is None else round(deviation, 4)
+    return row
+
+
+def draw(path: Path, name: str, points: Sequence[Point]) -> None:
+    """Errors over the generations, a line a cell, as arXiv 1805.05551's Figure 2 has them; bars are deviations."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(MEASURES), sharey=True)
+    cells = {point.cell.number: point.cell for point in points}
+    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
+        for number, cell in list(cells.items())[:MOST_LINES]:
+            own = [point for point in points if point.cell.number == number]
+            bars = [point.deviation(measure) or 0.0 for point in own]
+            generations, means = [point.generation for point in own], [point.mean(measure) for point in own]
+            axis.errorbar(generations, means, bars, label=cell.name, marker="o", capsize=3)
+        axis.set(title=title, xlabel="generation", ylabel="percent")
+        axis.set_xticks(sorted({point.generation for point in points}))
+        axis.grid(alpha=0.3)
+    axes[-1].legend(fontsize="small")
+    figure.suptitle(f"{name}: held-out images")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(path, buffer.getvalue())
