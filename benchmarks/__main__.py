@@ -51,6 +51,7 @@ BENCHMARKS = {
     "generation": Benchmark(takes_images=True),
     "side_by_side": Benchmark(),
     "scaling": Benchmark(),
+    "rerun": Benchmark(),
 }
 NOT_MEASURED = "not measured (no GPU)"
 

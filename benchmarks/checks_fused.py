@@ -31,12 +31,14 @@ from fastgen.kernels.batchnorm_layer import batchnorm_act
 from fastgen.kernels.distill import distill_rows
 from fastgen.kernels.tolerant import tolerant_rows
 from fastgen.kernels.views import execute_views
+from fastgen.label_store import LabelStore, StoreKind
 from fastgen.labelling import build_table
 from fastgen.labels import TableKind, read_table
-from fastgen.lessons import LookAhead, TableLoader
+from fastgen.lessons import LookAhead, StoreLoader, TableLoader
 from fastgen.step import DTYPES, make_prepare
 from fastgen.stop import StopRequest
 from fastgen.teacher import make_teacher
+from fastgen.truncation import Truncation
 from fastgen.views import training_views
 
 EPS, MOMENTUM = 1e-5, 0.1
@@ -187,7 +189,7 @@ def _replayed_differently(call: Callable[[], Sequence[Tensor]], changed: Tensor)
 
 
 def check_labels(case: Case, folder: Path) -> Iterator[Outcome]:
-    """A label table and a look ahead of eight batches beside the live teacher, over an epoch of random views."""
+    """Label table, label store and a look ahead of eight batches beside the live teacher, over an epoch's views."""
     loader = ResidentLoader(case.split, case.facts.pad_px, case.device)
     views = training_views(case.split.ids, case.crop, data_seed=9, generation=1, epoch=2)
     first = next(loader.batches(views, case.batch_size))
@@ -206,13 +208,35 @@ def check_labels(case: Case, folder: Path) -> Iterator[Outcome]:
             if table is None:
                 raise ValueError("the table that was built is not there")
             live = [teacher(prepare(batch.images_NCHW, None)) for batch in loader.batches(views, case.batch_size)]
+            store, ahead = _store(case, precision, folder), LookAhead(loader, teacher, prepare, 8, case.facts.classes)
             ways: dict[str, Loader] = {
                 "label table": TableLoader(loader, table),
-                "look ahead": LookAhead(loader, teacher, prepare, 8, case.facts.classes),
+                "look ahead": ahead,
+                "label store, filled": StoreLoader(loader, store, ahead, prepare, case.device),
+                "label store, read": StoreLoader(loader, store, None, prepare, case.device),
             }
             for name, way in ways.items():
                 found = [batch.teacher_logits_BC for batch in way.batches(views, case.batch_size)]
+                store.flush()
                 yield _beside_live(f"{name} beside live, {precision}", found, live, network_size(model), U[precision])
+
+
+def _store(case: Case, precision: Precision, folder: Path) -> LabelStore:
+    """An empty one that keeps all of a teacher's word."""
+    facts, truncation = case.facts, Truncation(case.facts.classes, case.facts.classes, "fp32")
+    kind = StoreKind(
+        "checked",
+        "random",
+        len(case.split),
+        case.crop,
+        "stored",
+        facts.mean,
+        facts.std,
+        precision,
+        "folded",
+        truncation,
+    )
+    return LabelStore(folder / "stores", kind, writes=True)
 
 
 def _beside_live(

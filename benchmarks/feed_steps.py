@@ -27,6 +27,7 @@ from fastgen.shapes import part_shapes
 from fastgen.step import DTYPES
 from fastgen.supply import Supply, supply_images
 from fastgen.teacher import FrozenTeacher, make_teacher
+from fastgen.truncation import LOG_P, Labels, truncation
 from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
 # Backends that decode with workers.
@@ -171,16 +172,19 @@ def _held(supply: Supply, batch: Batch, samples: int) -> Supply:
 
 
 def _taught(case: Case, supply: Supply, batch: Batch) -> Supply:
-    """The held batches with the recipe's way to ask a teacher; logits of a table are held with them."""
+    """The held batches with the recipe's way to ask a teacher; labels of a table, or of a store, are held with them."""
     teacher, settings = _teacher(case, supply, batch[: case.batch_size]), case.recipe.teacher
     if settings.labels == "live":
         return supply.with_teacher(teacher, settings.look_ahead_batches, case.dataset.facts.classes)
-    logits_BC = teacher(supply.prepare(batch.images_NCHW, batch.jitter))
+    labels: Labels = {LOG_P: teacher(supply.prepare(batch.images_NCHW, batch.jitter))}
+    if settings.labels == "store":
+        cut = truncation(case.dataset.facts.classes, settings.store_classes, settings.store_dtype)
+        labels = cut(labels[LOG_P])
 
     def dress(raw: Batch) -> Batch:
-        return replace(supply.dress(raw), teacher_logits_BC=logits_BC[: len(raw.labels)])
+        return supply.dress(raw).taught({name: column[: len(raw.labels)] for name, column in labels.items()})
 
-    taught = _held(supply, replace(batch, teacher_logits_BC=logits_BC), len(supply.loader))
+    taught = _held(supply, batch.taught(labels), len(supply.loader))
     return replace(taught, dress=dress)
 
 

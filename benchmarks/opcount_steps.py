@@ -34,6 +34,7 @@ from fastgen.plan import Objective
 from fastgen.step import DTYPES, Forward, make_forward, make_prepare, make_scaler
 from fastgen.supply import Supply
 from fastgen.teacher import Teacher, make_teacher
+from fastgen.truncation import Kept
 from fastgen.views import WHOLE, EpochViews, Share, training_views
 from fastgen.working_copy import WorkingCopy
 
@@ -265,11 +266,11 @@ def _marking(forward: Forward, counter: OperatorCounter) -> Forward:
         images_NCHW: Tensor,
         labels_B: Tensor,
         jitter_B4: Tensor | None = None,
-        teacher_logits_BC: Tensor | None = None,
+        lesson: Tensor | Kept | None = None,
         scale: Tensor | None = None,
     ) -> Graded:
         counter.phase = "forward"
-        graded = forward(images_NCHW, labels_B, jitter_B4, teacher_logits_BC, scale)
+        graded = forward(images_NCHW, labels_B, jitter_B4, lesson, scale)
         counter.phase = "backward"
         return graded
 
@@ -305,7 +306,7 @@ def graph_breaks(forward: Callable[..., Any], batch: Batch) -> str:
     torch.compiler.reset()
     try:
         compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend=stop)
-        compiled(batch.images_NCHW, batch.labels, batch.jitter, batch.teacher_logits_BC)
+        compiled(batch.images_NCHW, batch.labels, batch.jitter, batch.lesson)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, _WholeGraphError):
             return "0"

@@ -30,7 +30,7 @@ from fastgen.schedule import resolution_px
 from fastgen.shapes import own_size, part_shapes
 from fastgen.step import DTYPES
 from fastgen.supply import Supply
-from fastgen.teacher import make_teacher
+from fastgen.teacher import FrozenTeacher, make_teacher
 from fastgen.views import Share
 
 # strong: the recipe's batch is shared out; weak: each process has a batch of this size; one: a process by itself.
@@ -129,9 +129,15 @@ def taught(case: Case, supply: Supply, share: Share) -> Callable[[Supply], Suppl
     Args:
         supply: of the case, for images to know.
     """
-    ((role, generation),) = case.generations.items()
-    if role != "student":
+    if "student" not in case.generations:
         return lambda images: images
+    teacher, recipe = teacher_of(case, supply, share), case.recipe
+    return lambda images: images.with_teacher(teacher, recipe.teacher.look_ahead_batches, case.dataset.facts.classes)
+
+
+def teacher_of(case: Case, supply: Supply, share: Share) -> FrozenTeacher:
+    """An untrained network whose batch-norms know the images."""
+    (generation,) = case.generations.values()
     recipe, facts, dtype = case.recipe, case.dataset.facts, DTYPES[case.recipe.train.precision]
     ahead = recipe.teacher.look_ahead_batches
     network = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
@@ -141,8 +147,7 @@ def taught(case: Case, supply: Supply, share: Share) -> Callable[[Supply], Suppl
     network = calibrate(network, supply.prepare(batch.images_NCHW, batch.jitter).float())
     shape = (own_size(case.batch_size, share) * ahead, facts.channels, *case.side_px)
     timed = not recipe.run.deterministic
-    teacher = make_teacher(network, case.device, dtype, recipe.teacher.engine, shape=shape, timed=timed)
-    return lambda images: images.with_teacher(teacher, ahead, facts.classes)
+    return make_teacher(network, case.device, dtype, recipe.teacher.engine, shape=shape, timed=timed)
 
 
 def held(case: Case, supply: Supply, share: Share) -> Supply:
@@ -201,8 +206,10 @@ def _require_steps(recipe: Recipe) -> None:
         raise UserError("run.dry and gen.only have no say here, nothing is trained: leave them out")
     if recipe.dist.processes is not None:
         raise UserError("dist.processes has no say here: give --processes instead, and --dist.processes=null")
-    if recipe.teacher.labels == "table":
-        raise UserError("teacher.labels = table: nothing is trained here that could fill one: set live")
+    if recipe.teacher.labels != "live":
+        raise UserError(
+            f"teacher.labels = {recipe.teacher.labels}: nothing is trained here that could fill one: set live"
+        )
 
 
 def _random_dataset(recipe: Recipe) -> Dataset:

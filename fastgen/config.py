@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from fastgen.data.facts import DATASETS
 from fastgen.laws import eta_for_confidence
 from fastgen.rules import check_recipe
 
@@ -29,6 +30,10 @@ def setting(default: Any, text: str, *, decides: bool = True, silent: bool = Fal
     if default is ...:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+# Up to so many classes a label store keeps all, unless the recipe says otherwise; of more, so many.
+DENSE_CLASSES, KEPT_CLASSES = 100, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,12 +189,26 @@ class TeacherSettings:
         silent=True,
     )
     look_ahead_batches: int = setting(1, "batches of the student that the teacher sees at once", decides=False)
-    labels: Literal["live", "table"] = setting(
+    labels: Literal["live", "table", "store"] = setting(
         "live",
         "table: the teacher labels every possible view of every image once, and the table stays beside its weights; "
-        "for data sets whose crops are not resampled",
+        "for data sets whose crops are not resampled. store: what it says of the views that the first student sees is "
+        "kept, for later students of the same views",
         decides=False,
     )
+    store_classes: int | None = setting(
+        None, "labels=store: classes of each view that are kept; default all of up to 100, of more 16", decides=False
+    )
+    store_dtype: Literal["fp16", "fp32"] = setting("fp16", "labels=store: in which they are kept", decides=False)
+
+    def truncates(self, classes: int | None) -> bool:
+        """Whether labels of the store are others than the teacher's own.
+
+        Args:
+            classes: of the data set; None: known only when it is opened.
+        """
+        kept = self.store_classes or DENSE_CLASSES
+        return self.labels == "store" and not (self.store_dtype == "fp32" and classes is not None and kept >= classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +296,11 @@ class Recipe:
         decisive = {name: _decisive(getattr(self, name)) for name in SECTIONS}
         decisive["gen"] |= {"generations": self.gen.generations}
         decisive["data"] |= {"val_limit": self.data.val_limit}
+        if self.teacher.truncates(DATASETS[self.data.dataset].classes):
+            decisive["teacher"] |= {
+                "store_classes": self.teacher.store_classes,
+                "store_dtype": self.teacher.store_dtype,
+            }
         return {name: values for name, values in decisive.items() if values}
 
     @property

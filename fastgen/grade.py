@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgen.losses import Loss, make_loss
 from fastgen.plan import Objective
+from fastgen.truncation import Kept, kept_probabilities
 
 
 class Graded(NamedTuple):
@@ -32,8 +33,8 @@ class Graded(NamedTuple):
     gradient: Tensor | None
 
 
-# (logits (B, C), labels (B,), the teacher's logits or None, what the mean loss is multiplied with or None) -> Graded
-Grade = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Graded]
+# (logits (B, C), labels (B,), what the teacher says or None, what the mean loss is multiplied with or None) -> Graded
+Grade = Callable[[Tensor, Tensor, Tensor | Kept | None, Tensor | None], Graded]
 
 
 def make_grade(objective: Objective, *, fused: bool = False) -> Grade:
@@ -49,8 +50,8 @@ def make_grade(objective: Objective, *, fused: bool = False) -> Grade:
 def plain(loss: Loss) -> Grade:
     """Grades by a mean loss in plain PyTorch."""
 
-    def grade(logits_BC: Tensor, labels_B: Tensor, teacher_logits_BC: Tensor | None, scale: Tensor | None) -> Graded:
-        mean = loss(logits_BC, labels_B, teacher_logits_BC)
+    def grade(logits_BC: Tensor, labels_B: Tensor, lesson: Tensor | Kept | None, scale: Tensor | None) -> Graded:
+        mean = loss(logits_BC, labels_B, lesson)
         correct = (logits_BC.detach().argmax(1) == labels_B).sum()
         gradient = None if scale is None else scale.to(mean.dtype)
         # In fp64: compiled, a product with 1 would be the mean itself, and that output would lose its gradient.
@@ -61,17 +62,22 @@ def plain(loss: Loss) -> Grade:
 
 def _fused(objective: Objective) -> Grade:
     from fastgen.kernels.distill import distill_rows
+    from fastgen.kernels.distill_topm import distill_topm_rows
     from fastgen.kernels.rows import LOSS, TOP1
     from fastgen.kernels.tolerant import tolerant_rows
 
-    def grade(logits_BC: Tensor, labels_B: Tensor, teacher_logits_BC: Tensor | None, scale: Tensor | None) -> Graded:
+    wanted = objective.teacher_weight, objective.temperature
+
+    def grade(logits_BC: Tensor, labels_B: Tensor, lesson: Tensor | Kept | None, scale: Tensor | None) -> Graded:
         z_BC, weight = logits_BC.detach(), 1 / len(labels_B)
         scale = None if scale is None else scale.to(torch.float32)
-        if teacher_logits_BC is None:
+        if lesson is None:
             rows_4B, gradient_BC = tolerant_rows(z_BC, labels_B, objective.eta, objective.k, scale, weight)
+        elif isinstance(lesson, Kept):
+            p_BM = kept_probabilities(lesson.log_p_BN, z_BC.shape[1], objective.temperature)
+            rows_4B, gradient_BC = distill_topm_rows(z_BC, labels_B, lesson.classes_BM, p_BM, *wanted, scale, weight)
         else:
-            wanted = objective.teacher_weight, objective.temperature
-            rows_4B, gradient_BC = distill_rows(z_BC, labels_B, teacher_logits_BC, *wanted, scale, weight)
+            rows_4B, gradient_BC = distill_rows(z_BC, labels_B, lesson, *wanted, scale, weight)
         sums_4 = rows_4B.sum(1)
         return Graded(sums_4[LOSS], sums_4[TOP1], logits_BC, gradient_BC)
 

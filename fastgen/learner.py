@@ -76,7 +76,7 @@ class Learner:
             size, last = len(part.labels), number == len(parts)
             scale = self._scale(None if alone else size / whole, device)
             forward = self.reducer.forward(last)
-            graded = forward(part.images_NCHW, part.labels, part.jitter, part.teacher_logits_BC, scale)
+            graded = forward(part.images_NCHW, part.labels, part.jitter, part.lesson, scale)
             torch.autograd.backward(graded.root, graded.gradient)
             self.reducer.collect(last)
             sizes.append(size)

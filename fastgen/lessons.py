@@ -1,4 +1,4 @@
-"""Loaders whose batches bring the teacher's logits along: from a look ahead, or from a table of labels."""
+"""Loaders whose batches bring the teacher's word along: from a look ahead, a table of labels, or a store of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from torch import Tensor
 
 from fastgen.crops import Int64
 from fastgen.data.batch import Batch, Columns, DeviceSource, Loader, to_device
+from fastgen.errors import MachineError
+from fastgen.label_store import KnownLabels, LabelStore
 from fastgen.labels import LabelTable
 from fastgen.step import Prepare
 from fastgen.teacher import Teacher
+from fastgen.truncation import Labels
 from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
 TABLE_ROWS = "table_rows"
@@ -131,3 +134,118 @@ class TableSource:
         """See `DeviceSource.blank`."""
         rows = torch.zeros(count, dtype=torch.int64, device=self._table.logits_RC.device)
         return self._source.blank(count, jitter) | {TABLE_ROWS: rows}
+
+
+class StoreLoader:
+    """Batches with a truncated teacher's labels from a store; what it lacks a teacher is asked for, and it is kept.
+
+    A label that was asked for and one that was read are the same bits: the training that fills a store learns from what
+    it keeps.
+
+    Args:
+        loader: of the student's batches.
+        store: of the teacher's labels.
+        ahead: asks the teacher; None: the store has all labels.
+        prepare: what the student sees of an image.
+        device: where batches are.
+
+    Attributes:
+        read, asked: images, since this was made.
+    """
+
+    def __init__(
+        self, loader: Loader, store: LabelStore, ahead: LookAhead | None, prepare: Prepare, device: torch.device
+    ) -> None:
+        self._loader = loader
+        self._store = store
+        self._ahead = ahead
+        self._prepare = prepare
+        self._device = device
+        self.read = self.asked = 0
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def batches(
+        self, views: EpochViews, batch_size: int, first_batch: int = 0, share: Share = WHOLE
+    ) -> Iterator[Batch]:
+        """See `Loader.batches`; where a teacher may be asked, images are prepared, jitter included."""
+        count = 1 if self._ahead is None else self._ahead.count
+        skipped = first_batch % count
+        first, numbers = first_batch - skipped, np.arange(len(views.order))
+        rows = [part for part in batch_positions(numbers, batch_size, first, share) if len(part)]
+        if not rows:
+            return
+        known = self._store.read(views)
+        found = zip(self._loader.batches(views, batch_size, first, share), rows, strict=True)
+        while group := list(itertools.islice(found, count)):
+            yield from self._teach([batch for batch, _ in group], [part for _, part in group], known, views)[skipped:]
+            skipped = 0
+
+    def dress(self, batch: Batch) -> Batch:
+        """A raw batch, prepared where others are, with some labels."""
+        return self._prepared(batch).taught(self._store.kind.truncation.blank(len(batch.labels), self._device))
+
+    def _teach(
+        self, batches: Sequence[Batch], rows: Sequence[Int64], known: KnownLabels, views: EpochViews
+    ) -> list[Batch]:
+        whole = np.concatenate(rows)
+        labels = known.at(whole, self._device)
+        if known.known[whole].all():
+            self.read += len(whole)
+            prepared = [self._prepared(batch) for batch in batches]
+        else:
+            self.asked += len(whole)
+            prepared = self._asked(batches)
+            logits = [batch.teacher_logits_BC for batch in prepared if batch.teacher_logits_BC is not None]
+            labels = self._completed(torch.cat(logits), labels, whole, known, views)
+        parts = zip(*(column.split([len(part) for part in rows]) for column in labels.values()), strict=True)
+        return [batch.taught(dict(zip(labels, part, strict=True))) for batch, part in zip(prepared, parts, strict=True)]
+
+    def _asked(self, batches: Sequence[Batch]) -> list[Batch]:
+        if self._ahead is None:
+            raise MachineError(f"{self._store.folder}: labels that were there have gone: start again")
+        return self._ahead.teach(batches)
+
+    def _completed(
+        self, logits_BC: Tensor, stored: Labels, rows: Int64, known: KnownLabels, views: EpochViews
+    ) -> Labels:
+        """Labels of a group for which the teacher was asked; those that are stored already stay what they are."""
+        truncation, missing = self._store.kind.truncation, torch.from_numpy(~known.known[rows])
+        labels, fresh = truncation(logits_BC), to_device(missing.nonzero()[:, 0], self._device)
+        if self._store.writes:
+            divergence_B = truncation.divergence(logits_BC, labels)[fresh]
+            noted = {name: column[fresh] for name, column in labels.items()}
+            self._store.note(views, torch.from_numpy(rows)[missing], noted, divergence_B)
+        return {name: stored[name].index_copy(0, fresh, column[fresh]) for name, column in labels.items()}
+
+    def _prepared(self, batch: Batch) -> Batch:
+        if self._ahead is None:
+            return batch
+        return replace(batch, images_NCHW=self._prepare(batch.images_NCHW, batch.jitter), jitter=None)
+
+
+class StoreSource:
+    """What `StoreLoader` is with a store that has all labels, for batches that are made on the device alone."""
+
+    def __init__(self, source: DeviceSource, store: LabelStore, device: torch.device) -> None:
+        self._source = source
+        self._store = store
+        self._device = device
+
+    def columns(self, views: EpochViews, positions: Int64) -> dict[str, Tensor]:
+        """See `DeviceSource.columns`."""
+        row_of = np.empty_like(views.order)
+        row_of[views.order] = np.arange(len(views.order))
+        known, rows = self._store.read(views), row_of[positions]
+        if not known.known[rows].all():
+            raise MachineError(f"{self._store.folder}: labels that were there have gone: start again")
+        return {**self._source.columns(views, positions), **known.at(rows, self._device)}
+
+    def execute(self, columns: Columns) -> Batch:
+        """See `DeviceSource.execute`."""
+        return self._source.execute(columns).taught(columns)
+
+    def blank(self, count: int, jitter: bool) -> dict[str, Tensor]:
+        """See `DeviceSource.blank`."""
+        return {**self._source.blank(count, jitter), **self._store.kind.truncation.blank(count, self._device)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from fastgen.checkpoint import read_weights
-from fastgen.config import Recipe, hash_of
+from fastgen.config import ModelSettings, Recipe, hash_of
 from fastgen.data.split import Dataset
 from fastgen.errors import UserError
 from fastgen.evaluate import load_network
@@ -35,13 +36,29 @@ def find_teacher(recipe: Recipe, dataset: Dataset) -> Teacher | None:
             f"gen.teacher = {recipe.gen.teacher}: was trained on {trained_on}, "
             f"the recipe's data set is {recipe.data.dataset}"
         )
-    load_network(recipe, dataset, weights, torch.device("cpu"))
+    load_network(teachers_recipe(recipe, weights), dataset, weights, torch.device("cpu"))
     if description.get("holdout", recipe.data.holdout) != recipe.data.holdout:
         raise UserError(
             f"gen.teacher = {recipe.gen.teacher}: was trained with data.holdout = {description['holdout']}, "
             f"the recipe has {recipe.data.holdout}: make them equal, or images of the evaluation may be known to it"
         )
     return Teacher(_identity_of(weights), str(weights))
+
+
+def teachers_recipe(recipe: Recipe, weights: Path) -> Recipe:
+    """The recipe with its teacher's network: from a label store any architecture may learn, else the teacher's alone.
+
+    Args:
+        recipe: of the student.
+        weights: of the teacher.
+
+    Raises:
+        UserError: the file is missing, or damaged.
+    """
+    _, description = read_weights(weights)
+    if recipe.teacher.labels != "store" or "model" not in description:
+        return recipe
+    return replace(recipe, model=ModelSettings(**description["model"]))
 
 
 def _identity_of(weights: Path) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastgen.laws import eta_for_confidence, ideal_confidence
 from fastgen.plan import Objective
+from fastgen.truncation import Kept, kept_probabilities
 
 __all__ = [
     "Loss",
@@ -28,8 +29,8 @@ __all__ = [
     "tolerant",
 ]
 
-# (logits, labels, teacher's logits or None) -> mean loss
-Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# (logits, labels, what the teacher says: its logits, some of its classes, or None) -> mean loss
+Loss = Callable[[Tensor, Tensor, Tensor | Kept | None], Tensor]
 
 
 def tolerant(logits_BC: Tensor, labels_B: Tensor, eta: float, k: int) -> Tensor:
@@ -136,10 +137,15 @@ def distill_topm(
 def make_loss(objective: Objective) -> Loss:
     """The function that a generation minimises."""
 
-    def loss(logits_BC: Tensor, labels_B: Tensor, teacher_logits_BC: Tensor | None) -> Tensor:
-        if teacher_logits_BC is None:
+    weight, temperature = objective.teacher_weight, objective.temperature
+
+    def loss(logits_BC: Tensor, labels_B: Tensor, lesson: Tensor | Kept | None) -> Tensor:
+        if lesson is None:
             return tolerant(logits_BC, labels_B, objective.eta, objective.k)
-        return distill(logits_BC, labels_B, teacher_logits_BC, objective.teacher_weight, objective.temperature)
+        if isinstance(lesson, Kept):
+            p_BM = kept_probabilities(lesson.log_p_BN, logits_BC.shape[1], temperature)
+            return distill_topm(logits_BC, labels_B, lesson.classes_BM, p_BM, weight, temperature)
+        return distill(logits_BC, labels_B, lesson, weight, temperature)
 
     return loss
 

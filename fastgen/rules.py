@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from fastgen.config import DataSettings, Numbers, Recipe, RunSettings, TrainSettings
 
 MAX_SEED = 2**63 - 1
+# int16 numbers them in a label store.
+MOST_STORED_CLASSES = 2**15
 # torchvision's networks: three channels in, and a stem that halves the plane twice.
 PHOTO_MODELS = ("resnet18", "resnet34", "resnet50")
 
@@ -201,7 +203,22 @@ def _check_teacher(recipe: Recipe) -> None:
         f"teacher.look_ahead_batches = {teacher.look_ahead_batches}: a graph of train.graph_steps = {steps} holds no "
         "whole number of such groups: give a divisor",
     )
+    _require(
+        teacher.labels == "store" or (teacher.store_classes is None and teacher.store_dtype == "fp16"),
+        "teacher.store_classes and teacher.store_dtype have no say without teacher.labels=store: leave them out",
+    )
+    _require(
+        teacher.store_classes is None or 1 <= teacher.store_classes <= MOST_STORED_CLASSES,
+        f"teacher.store_classes = {teacher.store_classes}: give 1 to {MOST_STORED_CLASSES}",
+    )
     if teacher.labels == "live":
+        return
+    _require(
+        data.backend != "synthetic",
+        f"teacher.labels = {teacher.labels}: data.backend = synthetic shows images of no data set: set "
+        "teacher.labels=live",
+    )
+    if teacher.labels == "store":
         return
     _require(
         bool(DATASETS[data.dataset].height_px),
@@ -211,10 +228,6 @@ def _check_teacher(recipe: Recipe) -> None:
         data.augment == "none" or not (data.rotation_degrees or data.pixel_shift),
         "teacher.labels = table: rotation and pixel shifts have no end of views: set teacher.labels=live, or "
         "data.rotation_degrees=0 and data.pixel_shift=0",
-    )
-    _require(
-        data.backend != "synthetic",
-        "teacher.labels = table: data.backend = synthetic shows images of no data set: set teacher.labels=live",
     )
     _require(
         teacher.look_ahead_batches == 1,

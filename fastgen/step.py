@@ -14,6 +14,7 @@ from fastgen.config import TrainSettings
 from fastgen.crops import NO_JITTER, JitterPolicy
 from fastgen.grade import Grade, Graded
 from fastgen.teacher import Teacher
+from fastgen.truncation import Kept
 
 # Images of a batch, uint8 or normalised already, and their rows of jitter or None -> what the network sees.
 Prepare = Callable[[Tensor, Tensor | None], Tensor]
@@ -27,7 +28,7 @@ class Forward(Protocol):
         images_NCHW: Tensor,
         labels_B: Tensor,
         jitter_B4: Tensor | None = None,
-        teacher_logits_BC: Tensor | None = None,
+        lesson: Tensor | Kept | None = None,
         scale: Tensor | None = None,
     ) -> Graded:
         """A batch, or a part of one -> its loss, hits and where backpropagation begins.
@@ -36,7 +37,7 @@ class Forward(Protocol):
             images_NCHW: uint8, or normalised already.
             labels_B: int64.
             jitter_B4: what shall be done to each uint8 image.
-            teacher_logits_BC: where the teacher was asked before; None: it is asked now, if there is one.
+            lesson: what the teacher says, where it was asked before; None: it is asked now, if there is one.
             scale: what the mean loss is multiplied with before backpropagation; None: 1.
         """
         ...
@@ -71,13 +72,13 @@ def make_forward(
         images_NCHW: Tensor,
         labels_B: Tensor,
         jitter_B4: Tensor | None = None,
-        teacher_logits_BC: Tensor | None = None,
+        lesson: Tensor | Kept | None = None,
         scale: Tensor | None = None,
     ) -> Graded:
         inputs_NCHW = prepare(images_NCHW, jitter_B4)
-        if teacher is not None and teacher_logits_BC is None:
-            teacher_logits_BC = teacher(inputs_NCHW)
-        return grade(network(inputs_NCHW), labels_B, teacher_logits_BC, scale)
+        if teacher is not None and lesson is None:
+            lesson = teacher(inputs_NCHW)
+        return grade(network(inputs_NCHW), labels_B, lesson, scale)
 
     if engine == "compile":
         return compiled(forward, shapes)

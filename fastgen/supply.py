@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from fastgen.augment import Normaliser
 from fastgen.crops import NO_JITTER, JitterPolicy, ShiftCrop
@@ -14,9 +18,12 @@ from fastgen.data.resident import ResidentLoader
 from fastgen.distributed import ALONE, Group
 from fastgen.errors import MachineError
 from fastgen.evaluate import load_network
+from fastgen.label_store import LabelStore, StoreKind, generation_folder
 from fastgen.labelling import TABLE_BATCH, build_table, claim_cost
 from fastgen.labels import LabelTable, TableKind, read_table, table_path
-from fastgen.lessons import LookAhead, TableLoader, TableSource
+from fastgen.lessons import LookAhead, StoreLoader, StoreSource, TableLoader, TableSource
+from fastgen.locks import InUse, locked
+from fastgen.lookup import teachers_recipe
 from fastgen.meters import Stopwatch
 from fastgen.nodes import Node
 from fastgen.plan import Generation
@@ -25,6 +32,8 @@ from fastgen.shapes import group_sizes
 from fastgen.step import DTYPES, Prepare, make_prepare
 from fastgen.stop import Checks
 from fastgen.teacher import FrozenTeacher, Teacher, make_teacher
+from fastgen.truncation import truncation
+from fastgen.views import EpochName
 from fastgen.workbench import Workbench
 
 
@@ -40,6 +49,7 @@ class Supply:
         live_teacher: asked within the step; None: there is none, or batches bring its logits along.
         source: the same batches, but for what `ahead` does, made on the device alone; None: they are not.
         ahead: asks a teacher before the step.
+        store: keeps what a teacher was asked for; None: nothing does.
         views: how views are executed, for the record.
         lessons: how the teacher is asked, for the record; None: there is none.
     """
@@ -52,6 +62,31 @@ class Supply:
     lessons: str | None
     source: DeviceSource | None = None
     ahead: LookAhead | None = None
+    store: LabelStore | None = None
+
+    def keep(self) -> None:
+        """Writes down what this process has asked its teacher since the last time, if that is to be kept.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if self.store is not None:
+            self.store.flush()
+
+    def with_store(self, store: LabelStore, device: torch.device, ahead: LookAhead | None, asked: str) -> Supply:
+        """The same batches with labels from a store.
+
+        Args:
+            store: of a teacher.
+            device: where batches are.
+            ahead: asks it for those that the store lacks; None: it has all.
+            asked: how, for the record.
+        """
+        loader = StoreLoader(self.loader, store, ahead, self.prepare, device)
+        source = StoreSource(self.source, store, device) if self.source is not None and ahead is None else None
+        lessons = f"label store {store.kind.key}, {store.kind.truncation.how}"
+        lessons += ", all of it read" if ahead is None else f", filled by {asked}"
+        return replace(self._then(loader, loader.dress, lessons), source=source, ahead=ahead, store=store)
 
     def with_table(self, table: LabelTable) -> Supply:
         """The same batches with the teacher's logits from a table."""
@@ -70,7 +105,7 @@ class Supply:
         if teacher.engine == "folded" and batches == 1:
             return replace(self, live_teacher=teacher, lessons=teacher.how)
         ahead = LookAhead(self.loader, teacher, self.prepare, batches, classes)
-        return replace(self._then(ahead, ahead.dress, f"{teacher.how}, {batches} batches at once"), ahead=ahead)
+        return replace(self._then(ahead, ahead.dress, _how(teacher, batches)), ahead=ahead)
 
     def _then(self, loader: Loader, dress: Callable[[Batch], Batch], lessons: str) -> Supply:
         return replace(self, loader=loader, dress=lambda batch: dress(self.dress(batch)), lessons=lessons)
@@ -112,6 +147,7 @@ def make_supply(
     teacher_weights: Path | None,
     stopwatch: Stopwatch,
     sides: Collection[tuple[int, int]],
+    held: ExitStack,
 ) -> Supply:
     """Builds what the recipe asks for; a label table that is not there yet is made.
 
@@ -122,6 +158,7 @@ def make_supply(
         teacher_weights: of the generation that teaches it; None: it learns from labels alone.
         stopwatch: of the generation; a label table is charged to its phase `labels`.
         sides: heights and widths of all views that will come.
+        held: until the generation's end; the lock of a label store is put there.
 
     Raises:
         Stopped: a signal came while a label table was made; what is done of it is kept.
@@ -136,6 +173,9 @@ def make_supply(
     settings = bench.recipe.teacher
     if settings.labels == "table":
         return supply.with_table(_table(bench, generation, node, teacher_weights, supply, stopwatch))
+    store = _store(bench, generation, held) if settings.labels == "store" else None
+    if store is not None and _complete(bench, generation, store):
+        return supply.with_store(store, bench.device, None, "")
     # Programs ask for a batch alone where no full group is left.
     groups = {
         images
@@ -143,13 +183,84 @@ def make_supply(
         for images in group_sizes(len(bench.dataset.train), train.batch_size, batches, bench.group.share)
     }
     teacher = _teacher(bench, teacher_weights, max(groups), len(groups) * len(sides), bench.group)
-    return supply.with_teacher(teacher, settings.look_ahead_batches, facts.classes)
+    if store is None:
+        return supply.with_teacher(teacher, settings.look_ahead_batches, facts.classes)
+    batches = settings.look_ahead_batches
+    ahead = LookAhead(supply.loader, teacher, supply.prepare, batches, facts.classes)
+    return supply.with_store(store, bench.device, ahead, _how(teacher, batches))
+
+
+def _how(teacher: FrozenTeacher, batches: int) -> str:
+    return f"{teacher.how}, {batches} batch{'es' if batches > 1 else ''} at once"
+
+
+def _store(bench: Workbench, generation: Generation, held: ExitStack) -> LabelStore:
+    """The label store of a generation's teacher; this run fills it, unless another one does."""
+    recipe, dataset, group = bench.recipe, bench.dataset, bench.group
+    if generation.teacher is None:
+        raise TypeError("a label store needs a teacher")
+    kind = StoreKind(
+        teacher=generation.teacher,
+        images=dataset.train.content_hash,
+        count=len(dataset.train),
+        crop=dataset.crop,
+        pixels=dataset.pixels,
+        mean=dataset.facts.mean,
+        std=dataset.facts.std,
+        precision=recipe.train.precision,
+        engine=recipe.teacher.engine,
+        truncation=truncation(dataset.facts.classes, recipe.teacher.store_classes, recipe.teacher.store_dtype),
+    )
+    folder = Path(str(recipe.run.nodes)) / "labels"
+
+    def claim() -> bool:
+        if not group.main:
+            return False
+        place = generation_folder(folder / kind.key, generation.data_seed, generation.index)
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            held.enter_context(locked(place, "this label store", say=bench.recorder.say, check=bench.stop.check))
+        except InUse as holder:
+            bench.recorder.say(f"{str(holder).rpartition(': ')[0]}: what is asked of the teacher here is not kept")
+            return False
+        return True
+
+    return LabelStore(folder, kind, writes=group.agree(group.in_turn(claim)))
+
+
+def epoch_names(bench: Workbench, generation: Generation) -> list[EpochName]:
+    """The epochs of a generation's training."""
+    epochs = range(bench.recipe.train.epochs)
+    return [EpochName(generation.data_seed, generation.index, epoch) for epoch in epochs]
+
+
+def _complete(bench: Workbench, generation: Generation, store: LabelStore) -> bool:
+    """Whether no label has to be asked for."""
+    look = partial(_look_into, bench, generation, store)
+    return bench.group.agree(bench.group.in_turn(lambda: bench.group.main and look()))
+
+
+def _look_into(bench: Workbench, generation: Generation, store: LabelStore) -> bool:
+    """As `_complete`, in the main process; tells how large the store is, or will be."""
+    epochs, names = bench.recipe.train.epochs, epoch_names(bench, generation)
+    size = f"{epochs * store.kind.epoch_bytes / 1e9:.3g} GB for {epochs} epochs, {store.kind.truncation.how}"
+    missing = store.missing(names)
+    if not missing:
+        bench.recorder.say(f"generation {generation.index} learns from {store.folder} ({size}): no teacher runs")
+        return True
+    if store.writes:
+        store.require_room(missing)
+        there = 1 - missing / (epochs * store.kind.count)
+        state = f"; {there:.1%} of it is there" if there else ""
+        bench.recorder.say(f"generation {generation.index} keeps its teacher's word in {store.folder} ({size}{state})")
+    return False
 
 
 def _teacher(bench: Workbench, weights: Path, images: int, shapes: int, group: Group = ALONE) -> FrozenTeacher:
     """The teacher, for passes of so many images; a group's main process reads its weights for all."""
     recipe, facts = bench.recipe, bench.dataset.facts
-    model = load_network(recipe, bench.dataset, weights, bench.device, group)
+    own = group.agree(group.in_turn(lambda: teachers_recipe(recipe, weights) if group.main else recipe))
+    model = load_network(own, bench.dataset, weights, bench.device, group)
     side_px = recipe.data.resolution_px
     height_px, width_px = facts.height_px or side_px, facts.width_px or side_px
     return make_teacher(

@@ -31,7 +31,7 @@ from fastgen.plan import Generation
 from fastgen.pulse import Pulse, Wish
 from fastgen.schedule import Schedule, make_schedule, resolution_px
 from fastgen.shapes import batch_shapes, part_shapes, view_sizes
-from fastgen.supply import Supply, make_supply
+from fastgen.supply import Supply, epoch_names, make_supply
 from fastgen.training import Training, seed_random_state
 from fastgen.views import EpochViews
 from fastgen.workbench import Workbench
@@ -62,14 +62,14 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
                 # Code of the generation before is of no more use, and counts towards torch's limit of compilations.
                 torch.compiler.reset()
             sides = set(view_sizes(bench.recipe, bench.dataset))
-            supply = make_supply(bench, generation, node, teacher_weights, stopwatch, sides)
+            supply = make_supply(bench, generation, node, teacher_weights, stopwatch, sides, held)
             learner = _start(bench, generation, supply)
             training = Training(learner, Meter(group), stopwatch, group, bench.recipe.dist.buffers)
             _resume(bench, training, node)
             engine = _make_engine(bench, learner, supply)
         _announce(bench, generation, node, schedule, training, engine)
         _measure_what_a_stop_left_out(bench, training, schedule)
-        pauses = _Pauses(bench, node, lock, Pulse(group))
+        pauses = _Pauses(bench, node, lock, supply, Pulse(group))
 
         for epoch, views in _epochs(bench, generation, training, schedule):
             first_batch = training.step % schedule.steps_per_epoch
@@ -85,6 +85,8 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
                         _log(bench, training, views, schedule, node)
                     pauses.after_step(training, views)
                 reading = _log(bench, training, views, schedule, node)
+            with training.stopwatch.phase("save"):
+                supply.keep()
             training.meter.reset()
             last = epoch + 1 == train.epochs
             wish = pauses.wish_of_all(training, last=last)
@@ -105,6 +107,7 @@ class _Pauses:
     bench: Workbench
     node: Node
     lock: Lock | None
+    supply: Supply
     pulse: Pulse
 
     def after_step(self, training: Training, views: EpochViews) -> None:
@@ -118,7 +121,7 @@ class _Pauses:
 
     def fulfil(self, wish: Wish, training: Training, views: EpochViews) -> None:
         if wish.save or wish.stop:
-            _save(self.bench, training, views, self.node, self.lock)
+            _save(self.bench, training, views, self.node, self.lock, self.supply)
         if wish.stop:
             # A launcher ends all as soon as one has ended: not before the main process has saved.
             self.bench.group.agree(None)
@@ -247,11 +250,15 @@ def _require_finite_weights(model: nn.Module, step: int) -> None:
         )
 
 
-def _save(bench: Workbench, training: Training, views: EpochViews, node: Node, lock: Lock | None) -> None:
+def _save(
+    bench: Workbench, training: Training, views: EpochViews, node: Node, lock: Lock | None, supply: Supply
+) -> None:
     began = time.monotonic()
     _require_finite(training.meter.read(), bench.recipe.train, bench.dataset, views, node)
     _require_finite_weights(training.learner.model, training.step)
     with training.stopwatch.phase("save"):
+        # First: what the steps before this checkpoint have asked for is not asked again after it.
+        supply.keep()
         state = {"node": node.id, **training.state()}
         if lock is not None:
             lock.check()
@@ -340,6 +347,13 @@ def _finish(
         },
         "history": training.history,
     }
+    if group.main and supply.store is not None:
+        lost = supply.store.divergence(epoch_names(bench, generation))
+        record["label_store"] = {"folder": str(supply.store.folder), "divergence_nats": lost}
+        if lost is not None:
+            bench.recorder.say(
+                f"generation {generation.index}: what is kept of its teacher is {lost:.2g} nats (KL) off"
+            )
     if group.main:
         node.finish(generation.identity, record)
     # What comes next is looked for by all.

@@ -13,8 +13,10 @@ machines.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +35,14 @@ from fastgen.crops import (
 from fastgen.philox import ORDER_STREAM, Draws, keys64
 
 
+class EpochName(NamedTuple):
+    """Which epoch's views they are; all counted from 0."""
+
+    data_seed: int
+    generation: int
+    epoch: int
+
+
 @dataclass(frozen=True)
 class EpochViews:
     """Views of one epoch, or of one evaluation.
@@ -45,6 +55,7 @@ class EpochViews:
         height_px, width_px: of every view once it is resampled.
         jitter: float32 (N, 4), row n = (degrees, and shift of red, green, blue in units of 0..255);
             None: no augmentation after decoding.
+        name: of a training epoch; None: they are of something else.
     """
 
     order: Int64
@@ -52,6 +63,18 @@ class EpochViews:
     height_px: int
     width_px: int
     jitter: Float32 | None = None
+    name: EpochName | None = None
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of all that decides what is seen, and in which order."""
+        columns = [self.order.astype("<i8"), self.table.astype("<i4")]
+        if self.jitter is not None:
+            columns.append(self.jitter.astype("<f4"))
+        checksum = zlib.crc32(repr((self.height_px, self.width_px)).encode())
+        for column in columns:
+            checksum = zlib.crc32(np.ascontiguousarray(column).data, checksum)
+        return checksum
 
 
 @dataclass(frozen=True)
@@ -101,14 +124,14 @@ def training_views(
         sizes: int32 (N, 2), height and width of each original picture; for ResizedCrop.
         resolution_px: side of the resampled view; for ResizedCrop.
     """
-    draws = Draws(data_seed, epoch, generation)
+    draws, name = Draws(data_seed, epoch, generation), EpochName(data_seed, generation, epoch)
     order = np.argsort(keys64(draws(ids, ORDER_STREAM)), kind="stable").astype(np.int64)
     jitter = drawn_jitter(ids, policy.jitter, draws) if policy.jitter.active else None
     if isinstance(policy, ShiftCrop):
-        return EpochViews(order, shifted(ids, policy, draws), policy.height_px, policy.width_px, jitter)
+        return EpochViews(order, shifted(ids, policy, draws), policy.height_px, policy.width_px, jitter, name)
     sizes, side = _required(sizes, resolution_px)
     table = resized(ids, sizes, policy, draws) if policy.random else centre_squares(sizes, policy)
-    return EpochViews(order, table, side, side, jitter)
+    return EpochViews(order, table, side, side, jitter, name)
 
 
 def evaluation_views(

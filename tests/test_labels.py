@@ -17,40 +17,30 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from taught import CLASSES, COUNT, CPU, CROP, MEAN, STD, epoch_of, tiny_prepare, tiny_split, tiny_teacher
 
 from fastgen import labelling, supply, train
-from fastgen.augment import Normaliser
 from fastgen.crops import JitterPolicy, ShiftCrop
 from fastgen.data.resident import ResidentLoader
-from fastgen.data.split import Split
 from fastgen.errors import MachineError, Stopped, UserError
 from fastgen.labelling import build_table, claim_cost
 from fastgen.labels import LabelTable, TableKind, read_table
 from fastgen.lessons import LookAhead, TableLoader
-from fastgen.models import build_model, initialise
-from fastgen.step import make_prepare
 from fastgen.stop import StopRequest
-from fastgen.teacher import make_teacher
-from fastgen.views import Share, training_views
-
-CPU = torch.device("cpu")
-CROP = ShiftCrop(height_px=8, width_px=6, pad_px=1, flip=True)
-COUNT = 20
+from fastgen.views import Share
 
 
 def kind_of(**changes):
     kind = TableKind(
-        teacher="0123456789abcdef", images="images", count=COUNT, crop=CROP, mean=(0.5, 0.4, 0.3),
-        std=(0.2, 0.3, 0.25), classes=10, precision="fp32", engine="folded",
+        teacher="0123456789abcdef", images="images", count=COUNT, crop=CROP, mean=MEAN, std=STD, classes=CLASSES,
+        precision="fp32", engine="folded",
     )  # fmt: skip
     return replace(kind, **changes)
 
 
 @pytest.fixture(scope="module")
 def split():
-    random = np.random.default_rng(0)
-    pixels = random.integers(0, 256, (COUNT, CROP.height_px, CROP.width_px, 3), dtype=np.uint8)
-    return Split(pixels, random.integers(0, 10, COUNT), 100 + np.arange(COUNT))
+    return tiny_split()
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +49,16 @@ def loader(split):
 
 
 def prepare_of(kind, crop=CROP):
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind.precision]
-    return make_prepare(Normaliser(kind.mean, kind.std, CPU, dtype), crop.jitter)
+    return tiny_prepare(kind.precision, crop)
 
 
 def teacher_of(kind, engine="folded"):
-    model = initialise(build_model("resnet8", 10, 3, "strided"), 1)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind.precision]
-    return make_teacher(model, CPU, dtype, engine, shape=(4, 3, CROP.height_px, CROP.width_px))
+    return tiny_teacher(kind.precision, engine)
 
 
 def build(folder, kind, loader, teacher=None, stop=None, passed=lambda done: None, say=lambda text: None):
     build_table(folder, kind, loader, prepare_of(kind), teacher or teacher_of(kind), stop or StopRequest(), passed, say)
     return read_table(folder, kind, CPU)
-
-
-def epoch_of(split, epoch=0, crop=CROP):
-    return training_views(split.ids, crop, data_seed=3, generation=1, epoch=epoch)
 
 
 @pytest.mark.parametrize("crop", [CROP, replace(CROP, flip=False), replace(CROP, pad_px=0), replace(CROP, pad_px=4)])

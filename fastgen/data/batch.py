@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastgen.crops import Int64
+from fastgen.truncation import CLASSES, LOG_P, Kept, Labels
 from fastgen.views import WHOLE, EpochViews, Share
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class Batch:
         ids: int64 (N,), sample ids.
         jitter: float32 (N, 4), what `augment.jitter_views` shall do to each image; None: nothing.
         teacher_logits_BC: of these very views, where the teacher was asked before; else None.
+        teacher_classes_BM: int16, where the teacher is truncated, and the logits are log-probabilities (N, M + 1) of
+            these classes and of all others together; else None.
     """
 
     images_NCHW: Tensor
@@ -35,12 +38,24 @@ class Batch:
     ids: Tensor
     jitter: Tensor | None = None
     teacher_logits_BC: Tensor | None = None
+    teacher_classes_BM: Tensor | None = None
+
+    @property
+    def lesson(self) -> Tensor | Kept | None:
+        """What the teacher says of them; None: it was not asked before."""
+        if self.teacher_logits_BC is None or self.teacher_classes_BM is None:
+            return self.teacher_logits_BC
+        return Kept(self.teacher_logits_BC, self.teacher_classes_BM)
+
+    def taught(self, labels: Labels) -> Batch:
+        """The same samples with what a truncated teacher says of them."""
+        return replace(self, teacher_logits_BC=labels[LOG_P], teacher_classes_BM=labels.get(CLASSES))
 
     def __getitem__(self, part: slice) -> Batch:
         """Some of the samples."""
-        jitter = None if self.jitter is None else self.jitter[part]
-        teacher_logits_BC = None if self.teacher_logits_BC is None else self.teacher_logits_BC[part]
-        return Batch(self.images_NCHW[part], self.labels[part], self.ids[part], jitter, teacher_logits_BC)
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts: dict[str, Any] = {name: None if whole is None else whole[part] for name, whole in columns.items()}
+        return Batch(**parts)
 
 
 class Loader(Protocol):

@@ -1,0 +1,332 @@
+"""The label store: what a teacher said of the very views of a generation's epochs, kept while a student trained.
+
+Views are a pure function of (data seed, generation, epoch, sample id), so the next student that learns from the same
+teacher under the same data seed sees the same pixels, whatever its teacher weight, temperature, learning rate or
+architecture: it takes these labels, and no teacher runs.
+
+<store>/labels/<key>/store.json                                  what all of it depends on
+<store>/labels/<key>/seed_<s>_generation_<g>/epoch_<e>/*.part    rows of one epoch: safetensors, each written whole
+
+A part holds rows that one process has asked for, between two saves of its training: `rows` int32 (n,), numbers in the
+epoch's order, and the columns of `truncation.Labels`. Its metadata has a checksum of
+each and of the views. Which rows are there is asked of all parts together: a training that was stopped, or goes on in
+another number of processes, adds others.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+from torch import Tensor
+
+from fastgen.config import hash_of
+from fastgen.crops import CropPolicy, Int64
+from fastgen.data.batch import to_device
+from fastgen.errors import MachineError, UserError
+from fastgen.files import write_atomically, write_json
+from fastgen.truncation import Labels, Truncation
+from fastgen.views import EpochName, EpochViews
+
+STORE_FORMAT = 1
+METADATA_KEY = "fastgen"
+SUFFIX = ".part"
+ROWS, DIVERGENCE = "rows", "divergence"
+
+Bool = npt.NDArray[np.bool_]
+Columns = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class StoreKind:
+    """What a label store is of; two stores of one kind hold the same labels.
+
+    Attributes:
+        teacher: id of its node, or of its weights file.
+        images: `content_hash` of the training split.
+        count: images in it.
+        crop: how views are drawn.
+        pixels: what turns them into pixels.
+        mean, std: of the normalisation.
+        precision: of the teacher's pass, `fp32`, `bf16` or `fp16`.
+        engine: how the teacher is run.
+        truncation: of its logits.
+    """
+
+    teacher: str
+    images: str
+    count: int
+    crop: CropPolicy
+    pixels: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    precision: str
+    engine: str
+    truncation: Truncation
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """All of it, as plain values."""
+        crops = {"crop": {"kind": type(self.crop).__name__, **asdict(self.crop)}}
+        return {"format": STORE_FORMAT} | json.loads(json.dumps({**asdict(self), **crops}))
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits."""
+        return hash_of(self.description)[:16]
+
+    @property
+    def epoch_bytes(self) -> int:
+        """Bytes of one epoch's labels."""
+        return self.count * (self.truncation.row_bytes + np.dtype(np.int32).itemsize)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of the store, by its metadata.
+
+    Attributes:
+        name: of the epoch.
+        views: their checksum.
+        of: rows of the whole epoch.
+        count: rows in it.
+        divergence: sum over its rows of what truncation has lost, in nats.
+        checksums: CRC-32 of each column.
+    """
+
+    path: Path
+    name: EpochName
+    views: int
+    of: int
+    count: int
+    divergence: float
+    checksums: dict[str, int]
+
+
+@dataclass(frozen=True)
+class KnownLabels:
+    """What is known of one epoch.
+
+    Attributes:
+        known: bool (N,), by row of the epoch's order.
+        columns: see `Labels`, N rows of each; those that are not known are 0.
+    """
+
+    known: Bool
+    columns: Columns
+
+    def at(self, rows: Int64, device: torch.device) -> Labels:
+        """The labels of some rows, on the device."""
+        return {name: to_device(torch.from_numpy(column[rows]), device) for name, column in self.columns.items()}
+
+
+class LabelStore:
+    """Labels of one teacher for the views of a training.
+
+    Args:
+        folder: of all stores.
+        kind: of this one.
+        writes: whether what is asked of the teacher is kept.
+    """
+
+    def __init__(self, folder: Path, kind: StoreKind, *, writes: bool) -> None:
+        self.kind = kind
+        self.folder = folder / kind.key
+        self.writes = writes
+        self._name: EpochName | None = None
+        self._views = 0
+        self._pending: list[dict[str, Tensor]] = []
+        if writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "store.json", kind.description)
+
+    def missing(self, names: Sequence[EpochName]) -> int:
+        """Labels of these epochs that are not there, by what parts say of themselves; their rows are not read."""
+        counts = (sum(part.count for part in self.parts(name)) for name in names)
+        return sum(max(0, self.kind.count - count) for count in counts)
+
+    def require_room(self, labels: int) -> None:
+        """Refuses to begin what would end with a full disk.
+
+        Raises:
+            MachineError: there is no room for so many labels.
+        """
+        needed, free = labels * self.kind.epoch_bytes // self.kind.count, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise MachineError(
+                f"{self.folder}: the label store needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free: free "
+                "some, name another place with run.nodes, lower teacher.store_classes, or set teacher.labels=live"
+            )
+
+    def divergence(self, names: Sequence[EpochName]) -> float | None:
+        """What truncation has lost in these epochs: mean KL of what is kept from the teacher's own word, in nats.
+
+        None: nothing is kept.
+        """
+        parts = [part for name in names for part in self.parts(name)]
+        count = sum(part.count for part in parts)
+        return sum(part.divergence for part in parts) / count if count else None
+
+    def parts(self, name: EpochName) -> list[Part]:
+        """Parts of an epoch, in the order of their first rows.
+
+        Raises:
+            UserError: one of them is damaged.
+        """
+        return [read_part(path) for path in part_paths(epoch_folder(self.folder, name))]
+
+    def read(self, views: EpochViews) -> KnownLabels:
+        """What is known of an epoch; everything that is read is checked.
+
+        Raises:
+            UserError: a part is damaged, or of other views.
+        """
+        truncation, count = self.kind.truncation, self.kind.count
+        columns: Columns = {
+            name: torch.zeros((count, truncation.widths[name]), dtype=dtype).numpy()
+            for name, dtype in truncation.columns.items()
+        }
+        known, checksum = np.zeros(count, bool), views.checksum
+        for part in self.parts(_named(views)):
+            if part.views != checksum or part.of != count:
+                raise UserError(f"{part.path}: holds labels of other views than this recipe's: delete it")
+            found = read_columns(part)
+            # Where two parts have a row the first one counts, for all that read them.
+            fresh = ~known[found[ROWS]]
+            rows = found[ROWS][fresh]
+            known[rows] = True
+            for name, column in columns.items():
+                column[rows] = found[name][fresh]
+        return KnownLabels(known, columns)
+
+    def note(self, views: EpochViews, rows: Tensor, labels: Labels, divergence_B: Tensor) -> None:
+        """Keeps labels until `flush`, on their device.
+
+        Args:
+            views: of the epoch.
+            rows: int64 (B,), their numbers in its order.
+            labels: of these rows.
+            divergence_B: what truncation has lost, in nats.
+        """
+        name = _named(views)
+        if name != self._name:
+            if self._pending:
+                raise ValueError(f"labels of {self._name} were not flushed before those of {name}")
+            self._name, self._views = name, views.checksum
+        self._pending.append({ROWS: rows.to(torch.int32), **labels, DIVERGENCE: divergence_B})
+
+    def flush(self) -> None:
+        """Writes what was noted as one part. A kill leaves the whole part, or nothing.
+
+        Raises:
+            OSError: the disk is full, or the folder may not be written to.
+        """
+        if not self._pending or self._name is None:
+            return
+        columns = {name: torch.cat([noted[name] for noted in self._pending]).cpu().numpy() for name in self._pending[0]}
+        divergence = float(columns.pop(DIVERGENCE).sum())
+        write_part(epoch_folder(self.folder, self._name), self._name, self._views, self.kind.count, columns, divergence)
+        self._pending.clear()
+
+
+def generation_folder(store: Path, data_seed: int, generation: int) -> Path:
+    """Where the epochs of a generation's views are kept."""
+    return store / f"seed_{data_seed}_generation_{generation}"
+
+
+def epoch_folder(store: Path, name: EpochName) -> Path:
+    """Where the parts of an epoch are kept."""
+    return generation_folder(store, name.data_seed, name.generation) / f"epoch_{name.epoch:04d}"
+
+
+def part_paths(folder: Path) -> list[Path]:
+    """Parts in an epoch's folder, in the order of their first rows."""
+    return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def write_part(folder: Path, name: EpochName, views: int, of: int, columns: Columns, divergence: float) -> Path:
+    """Writes a part whole, or nothing."""
+    about = {
+        "name": list(name),
+        "views": views,
+        "of": of,
+        "count": len(columns[ROWS]),
+        "divergence": divergence,
+        "checksums": {key: _crc(column) for key, column in columns.items()},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not by rank and step alone: a training that was killed may come here again with other rows.
+    path = folder / f"{int(columns[ROWS].min()):010d}_{secrets.token_hex(4)}{SUFFIX}"
+    text = json.dumps(about)
+    write_atomically(path, to_safetensors(columns, {METADATA_KEY: f"{zlib.crc32(text.encode()):08x} {text}"}))
+    return path
+
+
+def read_part(path: Path) -> Part:
+    """What a part says of itself.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            checksum, _, text = (file.metadata() or {})[METADATA_KEY].partition(" ")
+        if zlib.crc32(text.encode()) != int(checksum, 16):
+            raise ValueError("the checksum of its metadata differs")
+        about = json.loads(text)
+        name = EpochName(*about.pop("name"))
+        return Part(path=path, name=name, **about)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def read_columns(part: Part) -> Columns:
+    """Rows, log-probabilities and classes of a part, each checked.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with safe_open(part.path, framework="np") as file:
+            columns = {key: file.get_tensor(key) for key in part.checksums}
+    except SafetensorError as error:
+        raise _damaged(part.path, error) from None
+    for key, column in columns.items():
+        if _crc(column) != part.checksums[key] or len(column) != part.count:
+            raise _damaged(part.path, f"the checksum of {key} differs")
+    rows = columns[ROWS]
+    if len(rows) and not 0 <= rows.min() <= rows.max() < part.of:
+        raise _damaged(part.path, "rows beyond the epoch's end")
+    return columns
+
+
+def missing_rows(known: Bool) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, each from its first one to before its end, that are not known."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], ~known, [False]]).astype(np.int8)))
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+
+def _named(views: EpochViews) -> EpochName:
+    if views.name is None:
+        raise ValueError("a label store keeps labels of training epochs alone")
+    return views.name
+
+
+def _crc(column: npt.NDArray[Any]) -> int:
+    return zlib.crc32(np.ascontiguousarray(column).data)
+
+
+def _damaged(path: Path, why: object) -> UserError:
+    first = str(why).splitlines()[0][:200] if str(why) else type(why).__name__
+    return UserError(f"{path}: is damaged ({first}): delete it, and its labels are asked of the teacher again")

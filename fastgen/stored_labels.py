@@ -1,0 +1,189 @@
+"""The command: lists label stores and label tables, checks them, and removes those that are of no more use.
+
+python -m fastgen.stored_labels [NODES]                  what there is in a store of generations (default runs/nodes)
+python -m fastgen.stored_labels [NODES] --check          reads all of it; names what is damaged or missing
+python -m fastgen.stored_labels [NODES] --remove=KEY     removes one, or with `stale` those whose teacher is gone
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from fastgen.arguments import Arguments
+from fastgen.errors import FastgenError, UserError, command
+from fastgen.label_store import ROWS, SUFFIX, missing_rows, read_columns, read_part
+from fastgen.labels import METADATA_KEY, table_path
+from fastgen.locks import locked
+from fastgen.nodes import find_node, read_json
+from fastgen.tables import new_table, print_table
+
+STALE = "stale"
+
+
+class DamageFound(FastgenError):
+    """Labels are damaged; told line by line before."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a folder of labels holds.
+
+    Attributes:
+        kind: `store` or `table`.
+        teacher: its node, or its file's hash; empty: it is not known.
+        kept: of its word.
+        state: how much of it is there.
+        size_bytes: of all files.
+    """
+
+    folder: Path
+    kind: str
+    teacher: str
+    kept: str
+    state: str
+    size_bytes: int
+
+
+def labels_in(nodes: Path) -> list[Labels]:
+    """All label stores and tables beside a store of generations."""
+    folders = sorted(path for path in (nodes / "labels").glob("*") if path.is_dir())
+    return [_store(folder) if (folder / "store.json").exists() else _table(folder) for folder in folders]
+
+
+def _store(folder: Path) -> Labels:
+    about = read_json(folder / "store.json")
+    cut, count = about["truncation"], about["count"]
+    epochs = [_rows_in(epoch) for epoch in sorted(folder.glob("*/epoch_*"))]
+    counts = {
+        "epochs": sum(rows is not None and rows >= count for rows in epochs),
+        "in part": sum(rows is not None and 0 < rows < count for rows in epochs),
+        "damaged": epochs.count(None),
+    }
+    state = ", ".join(f"{number} {what}" for what, number in counts.items() if number) or "nothing yet"
+    kept = f"{cut['kept']} of {cut['classes']} classes, {cut['dtype']}"
+    return Labels(folder, "store", about["teacher"], kept, state, _size(folder))
+
+
+def _rows_in(epoch: Path) -> int | None:
+    """None: a part of it is damaged."""
+    try:
+        return sum(read_part(path).count for path in epoch.glob(f"*{SUFFIX}"))
+    except UserError:
+        return None
+
+
+def _table(folder: Path) -> Labels:
+    if not table_path(folder).exists():
+        return Labels(folder, "table", "", "all classes, all views", "in part", _size(folder))
+    try:
+        with safe_open(table_path(folder), framework="np") as file:
+            about = json.loads((file.metadata() or {})[METADATA_KEY])
+    except (SafetensorError, KeyError, ValueError):
+        return Labels(folder, "table", "", "", "damaged", _size(folder))
+    kept = f"all {about['classes']} classes, {about['precision']}"
+    return Labels(folder, "table", about["teacher"], kept, "all views", _size(folder))
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def faults_in(found: Labels) -> Iterator[str]:
+    """Reads a whole store; a line for each fault."""
+    if found.kind != "store":
+        return
+    count = read_json(found.folder / "store.json")["count"]
+    for epoch in sorted(found.folder.glob("*/epoch_*")):
+        known, damaged = np.zeros(count, bool), False
+        for path in sorted(epoch.glob(f"*{SUFFIX}")):
+            try:
+                known[read_columns(read_part(path))[ROWS]] = True
+            except UserError as error:
+                damaged = True
+                yield str(error)
+        missing = [f"{first}..{end - 1}" for first, end in missing_rows(known)]
+        if missing and (damaged or known.any()):
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            yield f"{epoch}: lacks {int((~known).sum()):,} of {count:,} labels (rows {shown})"
+
+
+def remove(found: Labels) -> None:
+    """Removes a folder of labels that nobody uses.
+
+    Raises:
+        UserError: a training holds it.
+    """
+    places = [found.folder] if found.kind == "table" else [path for path in found.folder.iterdir() if path.is_dir()]
+    with ExitStack() as held:
+        for place in places:
+            held.enter_context(locked(place, "this folder of labels"))
+        shutil.rmtree(found.folder)
+
+
+def stale(nodes: Path, found: Labels) -> bool:
+    """Whether the teacher is no node that is there; of labels that do not say whose they are: no."""
+    return bool(found.teacher) and find_node(nodes, found.teacher) is None
+
+
+def main(words: Sequence[str]) -> None:
+    """The command.
+
+    Raises:
+        UserError: there is no such folder, or no such labels.
+        DamageFound: with --check.
+    """
+    options = _parser().parse_args(words)
+    if not options.nodes.is_dir():
+        raise UserError(f"{options.nodes}: there is no such folder: name the one that holds trained generations")
+    there = labels_in(options.nodes)
+    if options.remove:
+        _remove(options.nodes, there, options.remove)
+        return
+    table = new_table(f"labels in {options.nodes}", ("key", "kind", "teacher", "kept", "there", "MB"), _TEXTS)
+    for found in there:
+        gone = " (gone)" if stale(options.nodes, found) else ""
+        size = f"{found.size_bytes / 1e6:,.1f}"
+        table.add_row(found.folder.name, found.kind, found.teacher[:21] + gone, found.kept, found.state, size)
+    print_table(table)
+    if options.check:
+        faults = [fault for found in there for fault in faults_in(found)]
+        for fault in faults:
+            print(fault)
+        if any("damaged" in fault for fault in faults):
+            raise DamageFound("some of it is damaged: delete what is named above, and it is asked for again")
+        print("nothing is damaged")
+
+
+def _remove(nodes: Path, there: Sequence[Labels], key: str) -> None:
+    chosen = [found for found in there if (stale(nodes, found) if key == STALE else found.folder.name == key)]
+    if not chosen and key != STALE:
+        raise UserError(f"--remove={key}: there are no such labels in {nodes}: call it without --remove for a list")
+    for found in chosen:
+        remove(found)
+        print(f"removed {found.folder} ({found.size_bytes / 1e6:,.1f} MB)")
+    if not chosen:
+        print("nothing is stale")
+
+
+_TEXTS = ("key", "kind", "teacher", "kept", "there")
+
+
+def _parser() -> Arguments:
+    parser = Arguments("fastgen.stored_labels", "Lists, checks and removes what teachers have said.")
+    parser.add_argument("nodes", nargs="?", type=Path, default=Path("runs/nodes"), help="run.nodes of the runs")
+    parser.add_argument("--check", action="store_true", help="read all of it")
+    parser.add_argument("--remove", help=f"a key, or `{STALE}`: all whose teacher is gone")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(command(main, sys.argv[1:]))
