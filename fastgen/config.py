@@ -21,6 +21,16 @@ from fastgen.rules import check_recipe
 Numbers = float | tuple[float, ...]
 
 
+def kept_classes(classes: int, wanted: int | None) -> int:
+    """Classes of a view that a label store keeps.
+
+    Args:
+        classes: of the data set.
+        wanted: `teacher.store_classes`; None: all of up to 100, else 16.
+    """
+    return min(wanted or (classes if classes <= DENSE_CLASSES else KEPT_CLASSES), classes)
+
+
 def setting(default: Any, text: str, *, decides: bool = True, silent: bool = False) -> Any:
     """Declares a setting with its help text; `...` as default makes it required.
 
@@ -201,14 +211,21 @@ class TeacherSettings:
     )
     store_dtype: Literal["fp16", "fp32"] = setting("fp16", "labels=store: in which they are kept", decides=False)
 
-    def truncates(self, classes: int | None) -> bool:
-        """Whether labels of the store are others than the teacher's own.
+    def truncation(self, classes: int) -> dict[str, Any]:
+        """What a label store's truncation adds to a student's identity; {}: it leaves the teacher's word as it is.
 
         Args:
-            classes: of the data set; None: known only when it is opened.
+            classes: of the data set; 0: known only when it is opened.
         """
-        kept = self.store_classes or DENSE_CLASSES
-        return self.labels == "store" and not (self.store_dtype == "fp32" and classes is not None and kept >= classes)
+        if self.labels != "store":
+            return {}
+        if not classes:
+            # Rounded or not, whether all are kept is not known yet.
+            kept: Any = self.store_classes or [DENSE_CLASSES, KEPT_CLASSES]
+            return {"store_classes": kept, "store_dtype": self.store_dtype}
+        kept = kept_classes(classes, self.store_classes)
+        exact = kept == classes and self.store_dtype == "fp32"
+        return {} if exact else {"store_classes": kept, "store_dtype": self.store_dtype}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,11 +313,7 @@ class Recipe:
         decisive = {name: _decisive(getattr(self, name)) for name in SECTIONS}
         decisive["gen"] |= {"generations": self.gen.generations}
         decisive["data"] |= {"val_limit": self.data.val_limit}
-        if self.teacher.truncates(DATASETS[self.data.dataset].classes):
-            decisive["teacher"] |= {
-                "store_classes": self.teacher.store_classes,
-                "store_dtype": self.teacher.store_dtype,
-            }
+        decisive["teacher"] |= self.teacher.truncation(DATASETS[self.data.dataset].classes)
         return {name: values for name, values in decisive.items() if values}
 
     @property

@@ -4,8 +4,8 @@ Views are a pure function of (data seed, generation, epoch, sample id), so the n
 teacher under the same data seed sees the same pixels, whatever its teacher weight, temperature, learning rate or
 architecture: it takes these labels, and no teacher runs.
 
-<store>/labels/<key>/store.json                                  what all of it depends on
-<store>/labels/<key>/seed_<s>_generation_<g>/epoch_<e>/*.part    rows of one epoch: safetensors, each written whole
+<store>/labels/<key>/store.json                                       what all of it depends on
+<store>/labels/<key>/seed_<s>_generation_<g>/epoch_<e>_<side>/*.part  rows of one epoch: safetensors, each written whole
 
 A part holds rows that one process has asked for, between two saves of its training: `rows` int32 (n,), numbers in the
 epoch's order, and the columns of `truncation.Labels`. Its metadata has a checksum of
@@ -147,14 +147,28 @@ class LabelStore:
         self._name: EpochName | None = None
         self._views = 0
         self._pending: list[dict[str, Tensor]] = []
-        if writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "store.json", kind.description)
+
+    def describe(self, weights: Path) -> None:
+        """Writes store.json, for people and for the list of stores; to be called by one process that holds a lock.
+
+        Args:
+            weights: of the teacher, where they are now.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "store.json", {**self.kind.description, "weights": str(weights.absolute())})
+
+    def give_up(self) -> None:
+        """Keeps nothing any more: another run writes here now."""
+        self.writes = False
+        self._pending.clear()
 
     def missing(self, names: Sequence[EpochName]) -> int:
-        """Labels of these epochs that are not there, by what parts say of themselves; their rows are not read."""
-        counts = (sum(part.count for part in self.parts(name)) for name in names)
-        return sum(max(0, self.kind.count - count) for count in counts)
+        """How many labels of these epochs are not there; reads numbers of rows, not labels.
+
+        Raises:
+            UserError: a part is damaged.
+        """
+        return sum(int((~known_rows(epoch_folder(self.folder, name), self.kind.count)).sum()) for name in names)
 
     def require_room(self, labels: int) -> None:
         """Refuses to begin what would end with a full disk.
@@ -247,7 +261,8 @@ def generation_folder(store: Path, data_seed: int, generation: int) -> Path:
 
 def epoch_folder(store: Path, name: EpochName) -> Path:
     """Where the parts of an epoch are kept."""
-    return generation_folder(store, name.data_seed, name.generation) / f"epoch_{name.epoch:04d}"
+    size = f"{name.height_px}x{name.width_px}"
+    return generation_folder(store, name.data_seed, name.generation) / f"epoch_{name.epoch:04d}_{size}"
 
 
 def part_paths(folder: Path) -> list[Path]:
@@ -297,18 +312,37 @@ def read_columns(part: Part) -> Columns:
     Raises:
         UserError: it is damaged.
     """
+    return {key: _column(part, key) for key in part.checksums}
+
+
+def _column(part: Part, key: str) -> npt.NDArray[Any]:
+    """A column of a part, checked."""
     try:
         with safe_open(part.path, framework="np") as file:
-            columns = {key: file.get_tensor(key) for key in part.checksums}
+            column: npt.NDArray[Any] = file.get_tensor(key)
     except SafetensorError as error:
         raise _damaged(part.path, error) from None
-    for key, column in columns.items():
-        if _crc(column) != part.checksums[key] or len(column) != part.count:
-            raise _damaged(part.path, f"the checksum of {key} differs")
-    rows = columns[ROWS]
-    if len(rows) and not 0 <= rows.min() <= rows.max() < part.of:
+    if _crc(column) != part.checksums.get(key) or len(column) != part.count:
+        raise _damaged(part.path, f"the checksum of {key} differs")
+    if key == ROWS and len(column) and not 0 <= column.min() <= column.max() < part.of:
         raise _damaged(part.path, "rows beyond the epoch's end")
-    return columns
+    return column
+
+
+def known_rows(folder: Path, count: int) -> Bool:
+    """Which rows of an epoch are there, bool (N,); two parts may have the same.
+
+    Args:
+        folder: of the epoch.
+        count: N.
+
+    Raises:
+        UserError: a part is damaged.
+    """
+    known = np.zeros(count, bool)
+    for path in part_paths(folder):
+        known[_column(read_part(path), ROWS)] = True
+    return known
 
 
 def missing_rows(known: Bool) -> Iterator[tuple[int, int]]:

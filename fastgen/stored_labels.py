@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastgen.arguments import Arguments
 from fastgen.errors import FastgenError, UserError, command
-from fastgen.label_store import ROWS, SUFFIX, missing_rows, read_columns, read_part
+from fastgen.label_store import ROWS, SUFFIX, known_rows, missing_rows, read_columns, read_part
 from fastgen.labels import METADATA_KEY, table_path
 from fastgen.locks import locked
 from fastgen.nodes import find_node, read_json
@@ -43,6 +43,7 @@ class Labels:
         kept: of its word.
         state: how much of it is there.
         size_bytes: of all files.
+        weights: the teacher's, where they were; None: it is not known.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Labels:
     kept: str
     state: str
     size_bytes: int
+    weights: Path | None = None
 
 
 def labels_in(nodes: Path) -> list[Labels]:
@@ -62,7 +64,7 @@ def labels_in(nodes: Path) -> list[Labels]:
 def _store(folder: Path) -> Labels:
     about = read_json(folder / "store.json")
     cut, count = about["truncation"], about["count"]
-    epochs = [_rows_in(epoch) for epoch in sorted(folder.glob("*/epoch_*"))]
+    epochs = [_rows_in(epoch, count) for epoch in sorted(folder.glob("*/epoch_*"))]
     counts = {
         "epochs": sum(rows is not None and rows >= count for rows in epochs),
         "in part": sum(rows is not None and 0 < rows < count for rows in epochs),
@@ -70,13 +72,13 @@ def _store(folder: Path) -> Labels:
     }
     state = ", ".join(f"{number} {what}" for what, number in counts.items() if number) or "nothing yet"
     kept = f"{cut['kept']} of {cut['classes']} classes, {cut['dtype']}"
-    return Labels(folder, "store", about["teacher"], kept, state, _size(folder))
+    return Labels(folder, "store", about["teacher"], kept, state, _size(folder), Path(about["weights"]))
 
 
-def _rows_in(epoch: Path) -> int | None:
+def _rows_in(epoch: Path, count: int) -> int | None:
     """None: a part of it is damaged."""
     try:
-        return sum(read_part(path).count for path in epoch.glob(f"*{SUFFIX}"))
+        return int(known_rows(epoch, count).sum())
     except UserError:
         return None
 
@@ -130,8 +132,9 @@ def remove(found: Labels) -> None:
 
 
 def stale(nodes: Path, found: Labels) -> bool:
-    """Whether the teacher is no node that is there; of labels that do not say whose they are: no."""
-    return bool(found.teacher) and find_node(nodes, found.teacher) is None
+    """Whether the teacher is gone, as a node of these and where it was; of labels that do not say whose: no."""
+    there = found.weights is not None and found.weights.exists()
+    return bool(found.teacher) and not there and find_node(nodes, found.teacher) is None
 
 
 def main(words: Sequence[str]) -> None:

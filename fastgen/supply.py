@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,18 +15,20 @@ from fastgen.crops import NO_JITTER, JitterPolicy, ShiftCrop
 from fastgen.data.batch import Batch, DeviceSource, Loader
 from fastgen.data.resident import ResidentLoader
 from fastgen.distributed import ALONE, Group
-from fastgen.errors import MachineError
+from fastgen.errors import MachineError, UserError
 from fastgen.evaluate import load_network
 from fastgen.label_store import LabelStore, StoreKind, generation_folder
 from fastgen.labelling import TABLE_BATCH, build_table, claim_cost
 from fastgen.labels import LabelTable, TableKind, read_table, table_path
 from fastgen.lessons import LookAhead, StoreLoader, StoreSource, TableLoader, TableSource
-from fastgen.locks import InUse, locked
+from fastgen.locks import InUse, Lock, locked
 from fastgen.lookup import teachers_recipe
 from fastgen.meters import Stopwatch
 from fastgen.nodes import Node
 from fastgen.plan import Generation
 from fastgen.pulse import StopsOfAll
+from fastgen.rules import MOST_STORED_CLASSES
+from fastgen.schedule import resolution_px
 from fastgen.shapes import group_sizes
 from fastgen.step import DTYPES, Prepare, make_prepare
 from fastgen.stop import Checks
@@ -50,6 +51,7 @@ class Supply:
         source: the same batches, but for what `ahead` does, made on the device alone; None: they are not.
         ahead: asks a teacher before the step.
         store: keeps what a teacher was asked for; None: nothing does.
+        still_ours: whether the store is this run's to write to; asked in all processes at once.
         views: how views are executed, for the record.
         lessons: how the teacher is asked, for the record; None: there is none.
     """
@@ -63,15 +65,21 @@ class Supply:
     source: DeviceSource | None = None
     ahead: LookAhead | None = None
     store: LabelStore | None = None
+    still_ours: Callable[[], bool] = lambda: True
 
     def keep(self) -> None:
         """Writes down what this process has asked its teacher since the last time, if that is to be kept.
 
+        To be called in all processes of a run at once.
+
         Raises:
             OSError: the disk is full.
         """
-        if self.store is not None:
-            self.store.flush()
+        if self.store is None or not self.store.writes:
+            return
+        if not self.still_ours():
+            self.store.give_up()
+        self.store.flush()
 
     def with_store(self, store: LabelStore, device: torch.device, ahead: LookAhead | None, asked: str) -> Supply:
         """The same batches with labels from a store.
@@ -173,9 +181,11 @@ def make_supply(
     settings = bench.recipe.teacher
     if settings.labels == "table":
         return supply.with_table(_table(bench, generation, node, teacher_weights, supply, stopwatch))
-    store = _store(bench, generation, held) if settings.labels == "store" else None
-    if store is not None and _complete(bench, generation, store):
-        return supply.with_store(store, bench.device, None, "")
+    store, still_ours = None, supply.still_ours
+    if settings.labels == "store":
+        store, complete, still_ours = _store(bench, generation, teacher_weights, held)
+        if complete:
+            return supply.with_store(store, bench.device, None, "")
     # Programs ask for a batch alone where no full group is left.
     groups = {
         images
@@ -187,15 +197,22 @@ def make_supply(
         return supply.with_teacher(teacher, settings.look_ahead_batches, facts.classes)
     batches = settings.look_ahead_batches
     ahead = LookAhead(supply.loader, teacher, supply.prepare, batches, facts.classes)
-    return supply.with_store(store, bench.device, ahead, _how(teacher, batches))
+    return replace(supply.with_store(store, bench.device, ahead, _how(teacher, batches)), still_ours=still_ours)
 
 
 def _how(teacher: FrozenTeacher, batches: int) -> str:
     return f"{teacher.how}, {batches} batch{'es' if batches > 1 else ''} at once"
 
 
-def _store(bench: Workbench, generation: Generation, held: ExitStack) -> LabelStore:
-    """The label store of a generation's teacher; this run fills it, unless another one does."""
+def _store(
+    bench: Workbench, generation: Generation, weights: Path, held: ExitStack
+) -> tuple[LabelStore, bool, Callable[[], bool]]:
+    """The label store of a generation's teacher; this run adds what it lacks, unless another one does.
+
+    Returns:
+        it; whether it has all labels; and what tells, in all processes at once, whether it is still this run's to
+        write to.
+    """
     recipe, dataset, group = bench.recipe, bench.dataset, bench.group
     if generation.teacher is None:
         raise TypeError("a label store needs a teacher")
@@ -211,49 +228,64 @@ def _store(bench: Workbench, generation: Generation, held: ExitStack) -> LabelSt
         engine=recipe.teacher.engine,
         truncation=truncation(dataset.facts.classes, recipe.teacher.store_classes, recipe.teacher.store_dtype),
     )
-    folder = Path(str(recipe.run.nodes)) / "labels"
+    if dataset.facts.classes > MOST_STORED_CLASSES and not kind.truncation.dense:
+        raise UserError(
+            f"teacher.labels = store numbers classes up to {MOST_STORED_CLASSES}, the data set has "
+            f"{dataset.facts.classes}: set teacher.labels=live"
+        )
+    store = LabelStore(Path(str(recipe.run.nodes)) / "labels", kind, writes=False)
+    locks = list[Lock]()
 
-    def claim() -> bool:
+    def look() -> tuple[bool, bool]:
+        """Whether all of it is there, and whether it is this run that adds to it."""
         if not group.main:
-            return False
-        place = generation_folder(folder / kind.key, generation.data_seed, generation.index)
-        place.mkdir(parents=True, exist_ok=True)
-        try:
-            held.enter_context(locked(place, "this label store", say=bench.recorder.say, check=bench.stop.check))
-        except InUse as holder:
-            bench.recorder.say(f"{str(holder).rpartition(': ')[0]}: what is asked of the teacher here is not kept")
-            return False
-        return True
+            return False, False
+        missing = store.missing(epoch_names(bench, generation))
+        if missing:
+            locks.extend(_claimed(bench, generation, store, held))
+        if locks:
+            store.require_room(missing)
+            store.describe(weights)
+        _tell_store(bench, generation, store, missing, kept=bool(locks))
+        return not missing, bool(locks)
 
-    return LabelStore(folder, kind, writes=group.agree(group.in_turn(claim)))
+    complete, store.writes = group.agree(group.in_turn(look))
+    return store, complete, lambda: group.agree(not any(lock.lost for lock in locks))
+
+
+def _claimed(bench: Workbench, generation: Generation, store: LabelStore, held: ExitStack) -> list[Lock]:
+    """The lock of a generation's labels; none: another run adds to them."""
+    place = generation_folder(store.folder, generation.data_seed, generation.index)
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = locked(place, "this label store", say=bench.recorder.say, check=bench.stop.check)
+        return [held.enter_context(lock)]
+    except InUse as holder:
+        bench.recorder.say(f"{str(holder).rpartition(': ')[0]}: what is asked of the teacher here is not kept")
+        return []
+
+
+def _tell_store(bench: Workbench, generation: Generation, store: LabelStore, missing: int, *, kept: bool) -> None:
+    """How large the store is, or will be."""
+    epochs = bench.recipe.train.epochs
+    size = f"{epochs * store.kind.epoch_bytes / 1e9:.3g} GB for {epochs} epochs, {store.kind.truncation.how}"
+    if not missing:
+        bench.recorder.say(f"generation {generation.index} learns from {store.folder} ({size}): no teacher runs")
+    elif kept:
+        there = 1 - missing / (epochs * store.kind.count)
+        state = f"; {there:.1%} of it is there" if there else ""
+        bench.recorder.say(f"generation {generation.index} keeps its teacher's word in {store.folder} ({size}{state})")
 
 
 def epoch_names(bench: Workbench, generation: Generation) -> list[EpochName]:
     """The epochs of a generation's training."""
-    epochs = range(bench.recipe.train.epochs)
-    return [EpochName(generation.data_seed, generation.index, epoch) for epoch in epochs]
-
-
-def _complete(bench: Workbench, generation: Generation, store: LabelStore) -> bool:
-    """Whether no label has to be asked for."""
-    look = partial(_look_into, bench, generation, store)
-    return bench.group.agree(bench.group.in_turn(lambda: bench.group.main and look()))
-
-
-def _look_into(bench: Workbench, generation: Generation, store: LabelStore) -> bool:
-    """As `_complete`, in the main process; tells how large the store is, or will be."""
-    epochs, names = bench.recipe.train.epochs, epoch_names(bench, generation)
-    size = f"{epochs * store.kind.epoch_bytes / 1e9:.3g} GB for {epochs} epochs, {store.kind.truncation.how}"
-    missing = store.missing(names)
-    if not missing:
-        bench.recorder.say(f"generation {generation.index} learns from {store.folder} ({size}): no teacher runs")
-        return True
-    if store.writes:
-        store.require_room(missing)
-        there = 1 - missing / (epochs * store.kind.count)
-        state = f"; {there:.1%} of it is there" if there else ""
-        bench.recorder.say(f"generation {generation.index} keeps its teacher's word in {store.folder} ({size}{state})")
-    return False
+    facts, data, epochs = bench.dataset.facts, bench.recipe.data, bench.recipe.train.epochs
+    names = []
+    for epoch in range(epochs):
+        side_px = resolution_px(data, epochs, epoch)
+        size = facts.height_px or side_px, facts.width_px or side_px
+        names.append(EpochName(generation.data_seed, generation.index, epoch, *size))
+    return names
 
 
 def _teacher(bench: Workbench, weights: Path, images: int, shapes: int, group: Group = ALONE) -> FrozenTeacher:

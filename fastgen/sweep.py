@@ -27,7 +27,7 @@ from fastgen.config import hash_of
 from fastgen.crew import Crew
 from fastgen.data import open_dataset
 from fastgen.device import choose_device
-from fastgen.errors import FastgenError, command
+from fastgen.errors import FastgenError, UserError, command
 from fastgen.files import write_atomically, write_json
 from fastgen.grid import (
     Axis,
@@ -42,7 +42,7 @@ from fastgen.grid import (
     trainings_of,
 )
 from fastgen.locks import locked
-from fastgen.nodes import find_node
+from fastgen.nodes import find_node, read_json
 from fastgen.recipe import dump, help_text, parse_words
 from fastgen.stop import StopRequest
 from fastgen.sweep_report import report
@@ -51,6 +51,8 @@ from fastgen.trainings import POLL_SECONDS
 
 SLURM_WORDS = ("--slurm_minutes", "--slurm_partition", "--slurm_cpus")
 OWN_WORDS = ("--grid", "--seeds", "--at_once", "--dir", *SLURM_WORDS)
+# Without a value.
+REPORT = "--report"
 
 
 class TrainingsFailed(FastgenError):
@@ -140,7 +142,8 @@ def main(words: Sequence[str]) -> None:
     if {"--help", "-h"} & set(words):
         print(f"{_parser().format_help()}\n{help_text('python -m fastgen.sweep --grid section.key=value,value')}")
         return
-    own, rest = split_words(words, OWN_WORDS, many=("--grid",))
+    own, rest = split_words([word for word in words if word != REPORT], OWN_WORDS, many=("--grid",))
+    own += [REPORT] * (REPORT in words)
     options = _parser().parse_args(own)
     cells = cells_of(options.grid)
     runs = runs_of(recipes_of([*rest, "--dist.processes=1"], cells, options.seeds), open_dataset)
@@ -149,6 +152,10 @@ def main(words: Sequence[str]) -> None:
     trainings = trainings_of(runs, folder, lambda node: find_node(nodes, node) is not None)
     _announce(runs, trainings, folder)
     if runs[0].recipe.run.dry:
+        return
+    _require_one_grid(folder, options.grid)
+    if options.report:
+        report(folder, _name(rest), runs)
         return
     with StopRequest() as stop:
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,8 +182,8 @@ def _submit(
     arrays = submit(trainings, there, folder, wanted)
     _, rest = split_words(words, SLURM_WORDS)
     print(
-        f"submitted {len(trainings)} trainings as Slurm arrays {', '.join(arrays)}, logs in {folder / 'slurm'}; when "
-        f"they have ended, see what came of them with: python -m fastgen.sweep {shlex.join(rest)}"
+        f"submitted {len(trainings)} trainings as Slurm arrays {', '.join(arrays)}, logs in {folder / 'slurm'}; what "
+        f"has come of them: python -m fastgen.sweep {shlex.join(rest)} --report"
     )
 
 
@@ -186,6 +193,17 @@ def _folder(words: Sequence[str], axes: Sequence[Axis]) -> Path:
     nodes = line.overrides.get("run.nodes", "runs/nodes")
     what = [sorted(line.overrides.items()), line.cfg.read_text(), [[axis.key, *axis.values] for axis in axes]]
     return Path(nodes).parent / f"sweep-{line.cfg.stem}-{hash_of(what)[:8]}"
+
+
+def _require_one_grid(folder: Path, axes: Sequence[Axis]) -> None:
+    """Refuses a folder of another sweep: its runs would stand under other cells' names."""
+    path = folder / "sweep.json"
+    if path.exists() and read_json(path)["grid"] != _grid(axes):
+        raise UserError(f"{folder}: holds a sweep of another grid: name another folder with --dir")
+
+
+def _grid(axes: Sequence[Axis]) -> dict[str, list[str]]:
+    return {axis.key: list(axis.values) for axis in axes}
 
 
 def _announce(runs: Sequence[Run], trainings: Sequence[Training], folder: Path) -> None:
@@ -205,7 +223,7 @@ def _write_recipes(folder: Path, runs: Sequence[Run], axes: Sequence[Axis]) -> N
         path = recipe_path(folder, run)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, dump(run.recipe).encode())
-    about: dict[str, Any] = {"grid": {axis.key: list(axis.values) for axis in axes}}
+    about: dict[str, Any] = {"grid": _grid(axes)}
     about["runs"] = [
         {"folder": str(run_folder(folder, run).relative_to(folder)), "cell": dict(run.cell.values), "seed": run.seed,
          "nodes": [generation.node for generation in run.plan]}
@@ -248,6 +266,7 @@ def _parser() -> Arguments:
     )
     parser.add_argument("--slurm_partition", default="", help="of the cluster; default its own")
     parser.add_argument("--slurm_cpus", type=at_least_one, default=8, help="cores of each training")
+    parser.add_argument("--report", action="store_true", help="train nothing, only tell what has come of it so far")
     parser.add_argument("--dir", type=Path, help="folder of the sweep; default runs/sweep-<recipe>-<hash>")
     return parser
 

@@ -67,8 +67,8 @@ def report(folder: Path, name: str, runs: Sequence[Run]) -> None:
         name: of its recipe.
         runs: of which those that are measured are told.
     """
-    paths = {run.label: run_folder(folder, run) / "results.json" for run in runs}
-    results = [(run, read_json(paths[run.label])) for run in runs if paths[run.label].exists()]
+    found = ((run, run_folder(folder, run) / "results.json") for run in runs)
+    results = [(run, content) for run, path in found if path.exists() and _is_of(content := read_json(path), run)]
     points = points_of(results)
     if not points:
         print("nothing is measured yet")
@@ -85,6 +85,12 @@ def report(folder: Path, name: str, runs: Sequence[Run]) -> None:
     write_atomically(folder / "sweep.csv", _csv(points).encode())
     draw(folder / "sweep.png", name, points)
     print(f"{folder / 'sweep.csv'}  {folder / 'sweep.png'}")
+
+
+def _is_of(content: dict[str, Any], run: Run) -> bool:
+    """Whether results are of this very run: another grid, or other data, may have had the same folder."""
+    nodes = [row["node"] for row in content["generations"]]
+    return nodes == [generation.node for generation in run.plan][: len(nodes)]
 
 
 def chosen(points: Sequence[Point]) -> Point:

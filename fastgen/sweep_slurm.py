@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
-import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from fastgen.errors import MachineError, UserError
 from fastgen.grid import Training
+from fastgen.trainings import GRACE_SECONDS, POLL_SECONDS, training_command
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,12 @@ class Wanted:
 class Job:
     """What a task of an array runs: one training, in a process of its own.
 
-    Where Slurm preempts the task or its time is over, submitit puts it back into the queue, and the same words go on
-    from the last save.
+    Where Slurm preempts the task or its time is over, submitit puts it back into the queue: the training saves before,
+    and the same words go on from there.
     """
+
+    def __init__(self) -> None:
+        self._training: subprocess.Popen[bytes] | None = None
 
     def __call__(self, name: str, words: Sequence[str]) -> None:
         """Trains.
@@ -44,13 +50,29 @@ class Job:
         Raises:
             MachineError: it failed; its own lines, in the task's log, say why.
         """
-        ended = subprocess.run([sys.executable, "-m", "fastgen.train", *words])
-        if ended.returncode:
-            raise MachineError(f"{name} ended with exit code {ended.returncode}")
+        self._training = subprocess.Popen(training_command(words))
+        code = self._training.wait()
+        if code:
+            raise MachineError(f"{name} ended with exit code {code}")
 
     def checkpoint(self, name: str, words: Sequence[str]) -> Any:
-        """Asked by submitit before it puts a task back into the queue."""
-        return _submitit().helpers.DelayedSubmission(self, name, words)
+        """Asked by submitit, in a handler of Slurm's signal, before it puts a task back into the queue."""
+        if self._training is not None and self._training.returncode is None:
+            _save_and_end(self._training.pid)
+        return _submitit().helpers.DelayedSubmission(Job(), name, words)
+
+
+def _save_and_end(pid: int) -> None:
+    """Asks a training to save and end, and waits for that; kills it where it does not.
+
+    By the system's calls: the handler of a signal may have interrupted `Popen.wait`, whose lock is held then.
+    """
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
 
 
 def levels_of(trainings: Sequence[Training], there: Iterable[str]) -> list[list[Training]]:

@@ -47,6 +47,8 @@ def end_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
 def train_under() -> None:
     """What such a process runs: `python -m fastgen.train`, saved and ended when its parent is gone."""
     parent, *words = sys.argv[1:]
+    # Slurm may send it to all processes of a task; submitit's handler, in the parent, stops this one in order.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     end_with(int(parent))
     from fastgen import train
 

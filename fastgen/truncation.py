@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.config import DENSE_CLASSES, KEPT_CLASSES
+from fastgen.config import kept_classes
 
 StoredDtype = Literal["fp16", "fp32"]
 STORED_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -129,9 +129,7 @@ def truncation(classes: int, kept: int | None, dtype: StoredDtype) -> Truncation
         kept: `teacher.store_classes`; None: all of up to 100, else 16.
         dtype: `teacher.store_dtype`.
     """
-    if kept is None:
-        kept = classes if classes <= DENSE_CLASSES else KEPT_CLASSES
-    return Truncation(classes, min(kept, classes), dtype)
+    return Truncation(classes, kept_classes(classes, kept), dtype)
 
 
 def kept_probabilities(log_p_BN: Tensor, classes: int, temperature: float = 1.0) -> Tensor:

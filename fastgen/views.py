@@ -36,11 +36,13 @@ from fastgen.philox import ORDER_STREAM, Draws, keys64
 
 
 class EpochName(NamedTuple):
-    """Which epoch's views they are; all counted from 0."""
+    """Which epoch's views they are, counted from 0, and of which size."""
 
     data_seed: int
     generation: int
     epoch: int
+    height_px: int
+    width_px: int
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,15 @@ def training_views(
         sizes: int32 (N, 2), height and width of each original picture; for ResizedCrop.
         resolution_px: side of the resampled view; for ResizedCrop.
     """
-    draws, name = Draws(data_seed, epoch, generation), EpochName(data_seed, generation, epoch)
+    draws = Draws(data_seed, epoch, generation)
     order = np.argsort(keys64(draws(ids, ORDER_STREAM)), kind="stable").astype(np.int64)
     jitter = drawn_jitter(ids, policy.jitter, draws) if policy.jitter.active else None
     if isinstance(policy, ShiftCrop):
+        name = EpochName(data_seed, generation, epoch, policy.height_px, policy.width_px)
         return EpochViews(order, shifted(ids, policy, draws), policy.height_px, policy.width_px, jitter, name)
     sizes, side = _required(sizes, resolution_px)
     table = resized(ids, sizes, policy, draws) if policy.random else centre_squares(sizes, policy)
+    name = EpochName(data_seed, generation, epoch, side, side)
     return EpochViews(order, table, side, side, jitter, name)
 
 

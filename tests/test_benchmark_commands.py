@@ -338,7 +338,7 @@ def test_one_that_fails_does_not_hold_the_others_up(monkeypatch, tmp_path, capfd
     summary = [line.split() for line in captured.out.splitlines() if line.split()[:1] and line.split()[0] in codes]
     assert [(words[0], int(words[1])) for words in summary] == list(codes.items())
     assert captured.out.count("not measured (no GPU)") == 2
-    assert captured.err == "fastgen: 2 of 9 failed: opcount, step\n"
+    assert captured.err == "fastgen: 2 of 10 failed: opcount, step\n"
 
 
 def test_images_and_results_are_passed_on(tmp_path):

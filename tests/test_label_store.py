@@ -221,7 +221,7 @@ def test_another_kind_is_another_store(change):
     assert kind_of().key != kind_of(**change).key
 
 
-@pytest.mark.parametrize("other", [{"data_seed": 4}, {"generation": 2}, {"epoch": 1}])
+@pytest.mark.parametrize("other", [{"data_seed": 4}, {"generation": 2}, {"epoch": 1}, {"height_px": 16}])
 def test_labels_belong_to_an_epoch_s_views(split, loader, tmp_path, other):
     views, store = epoch_of(split), store_of(tmp_path)
     list(taught(loader, store, CountingTeacher()).batches(views, BATCH))
@@ -296,6 +296,35 @@ def test_a_part_that_goes_away_under_a_training_without_a_teacher_is_told(split,
         StoreSource(loader, store, CPU).columns(views, views.order)
 
 
+def test_rows_that_two_parts_have_count_once(split, loader, tmp_path):
+    """Two runs on two machines may have written the same ones, and copies of stores may be brought together."""
+    views = epoch_of(split)
+    for _ in range(2):
+        store = store_of(tmp_path)
+        store.read = lambda views: label_store.KnownLabels(
+            np.zeros(COUNT, bool), {LOG_P: np.zeros((COUNT, 4), np.float16), CLASSES: np.zeros((COUNT, 3), np.int16)}
+        )
+        for _, _ in zip(range(2), taught(loader, store, CountingTeacher()).batches(views, BATCH), strict=False):
+            pass
+        store.flush()
+    store = store_of(tmp_path)
+    assert [part.count for part in store.parts(views.name)] == [12, 12]
+    assert store.missing([views.name]) == COUNT - 12
+    teacher = CountingTeacher()
+    list(taught(loader, store, teacher).batches(views, BATCH))
+    assert teacher.images == COUNT - 12
+
+
+def test_a_run_that_has_lost_its_store_keeps_nothing_more(split, loader, tmp_path):
+    store, views = store_of(tmp_path), epoch_of(split)
+    list(taught(loader, store, CountingTeacher()).batches(views, BATCH))
+    store.give_up()
+    store.flush()
+    list(taught(loader, store, CountingTeacher()).batches(views, BATCH))
+    store.flush()
+    assert store.missing([views.name]) == COUNT
+
+
 def test_missing_rows_are_ranges():
     known = np.array([False, False, True, True, False, True, False])
     assert list(missing_rows(known)) == [(0, 2), (4, 5), (6, 7)]
@@ -313,7 +342,7 @@ def test_a_full_disk_leaves_what_was_there(split, loader, tmp_path, monkeypatch)
         patch.setattr(label_store, "write_atomically", full)
         with pytest.raises(OSError, match="No space"):
             store.flush()
-    assert store.missing([EpochName(3, 1, 0), EpochName(3, 1, 1)]) == 0
+    assert store.missing([EpochName(3, 1, 0, 8, 6), EpochName(3, 1, 1, 8, 6)]) == 0
     # Once there is room.
     store.flush()
     assert store.missing([views.name]) == 0
@@ -323,6 +352,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_asked(tmp_path, monke
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(label_store.shutil, "disk_usage", lambda folder: usage._replace(free=100))
     store = store_of(tmp_path)
+    store.folder.mkdir()
     with pytest.raises(MachineError, match=r"needs .* GB more.*teacher\.labels=live"):
         store.require_room(COUNT)
     store.require_room(100 // (store.kind.epoch_bytes // COUNT))
@@ -356,8 +386,9 @@ def test_the_loss_of_truncation_is_kept_with_the_labels(split, loader, tmp_path)
 
 def test_the_description_says_what_a_store_depends_on(tmp_path):
     store = store_of(tmp_path)
+    store.describe(tmp_path / "weights")
     about = json.loads((store.folder / "store.json").read_text())
-    assert about == store.kind.description
+    assert about == {**store.kind.description, "weights": str(tmp_path / "weights")}
     assert about["teacher"] == "0123456789abcdef"
     assert about["truncation"] == {"classes": 10, "kept": 3, "dtype": "fp16"}
 

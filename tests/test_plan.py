@@ -237,3 +237,32 @@ def test_initial_seeds_are_written_down():
     """A run that is resumed under a later version must start its next generation from the same weights."""
     digest = hashlib.sha256(b'["initial weights",5,2]').hexdigest()
     assert init_seed_of(5, 2) == int(digest[:16], 16) // 2
+
+
+def nodes_of(write_recipe, dataset, model, *words):
+    """Nodes of the generations of a recipe with a label store."""
+    path = write_recipe(
+        data__dataset=dataset, data__backend=... if dataset == "digits" else "folder", model__name=model
+    )
+    return [g.node for g in make_plan(read_recipe(["--cfg", str(path), *words]), "data")]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "cuts", "different"),
+    [
+        ("digits", "resnet8", [[], ["classes=10"], ["classes=50"], ["classes=3"], ["classes=4"]], 3),
+        ("digits", "resnet8", [["dtype=fp32"], ["dtype=fp32", "classes=10"], ["dtype=fp32", "classes=3"]], 2),
+        ("imagenet", "resnet18", [[], ["classes=1"], ["classes=16"], ["dtype=fp32"], ["dtype=fp32", "classes=1"]], 5),
+    ],
+)
+def test_truncations_have_nodes_of_their_own(write_recipe, dataset, model, cuts, different):
+    """What is kept decides, not how it was said; of photographs the number of classes is not known to the recipe."""
+    live = nodes_of(write_recipe, dataset, model)
+    found = [
+        nodes_of(write_recipe, dataset, model, "--teacher.labels=store", *(f"--teacher.store_{word}" for word in cut))
+        for cut in cuts
+    ]
+    assert {nodes[0] for nodes in found} == {live[0]}
+    assert len({nodes[1] for nodes in found}) == different
+    exact = dataset == "digits" and any("dtype=fp32" in cut for cut in cuts)
+    assert (live[1] in {nodes[1] for nodes in found}) == exact

@@ -80,6 +80,41 @@ def test_a_rerun_from_the_store_is_the_first_run_bit_for_bit_and_runs_no_teacher
     assert "no teacher runs" in capsys.readouterr().out
 
 
+def test_readers_of_a_whole_store_hold_nothing(tmp_path, capsys):
+    first = run(tmp_path, "first", STORE)
+    forget(first)
+    (place,) = (tmp_path / "nodes" / "labels").glob("*/seed_0_generation_1")
+    with locked(place, "this label store"):
+        run(tmp_path, "again", STORE)
+    out = capsys.readouterr().out
+    assert "no teacher runs" in out
+    assert "in use" not in out
+
+
+def test_a_run_whose_store_was_taken_over_goes_on_and_keeps_nothing_more(tmp_path, monkeypatch):
+    """It was suspended for so long that another one writes now."""
+    whole = run(tmp_path, "whole", STORE)
+    expected = weights(whole)
+    forget(whole)
+    shutil.rmtree(tmp_path / "nodes" / "labels")
+    lost = []
+    right = supply.Supply.keep
+
+    def keep(self):
+        if self.store is not None and not lost:
+            lost.append(self.store.folder / "seed_0_generation_1" / "lock")
+            right(self)
+            lost[0].write_text("process 7 on another host\ntoken 0123456789abcdef\nsign 0000000000")
+            return
+        right(self)
+
+    monkeypatch.setattr(supply.Supply, "keep", keep)
+    other = run(tmp_path, "other", STORE)
+    require_equal(weights(other), expected)
+    parts = [part.parent.name for part in (tmp_path / "nodes").rglob(f"*{label_store.SUFFIX}")]
+    assert parts == ["epoch_0000_8x8"]
+
+
 def test_all_classes_in_fp32_are_the_live_run_and_its_very_node(live, tmp_path):
     exact = run(tmp_path, "exact", STORE, "--teacher.store_dtype=fp32")
     require_equal(weights(exact), weights(live))
@@ -137,7 +172,7 @@ def test_longer_trainings_ask_for_the_epochs_that_are_not_there(tmp_path):
     other = run(tmp_path, "other", STORE, "--gen.only=1", f"--gen.teacher={teacher}", "--train.epochs=3")
     assert "filled by folded" in training_of(other)["path"]["teacher"]
     parts = sorted(part.parent.name for part in (tmp_path / "nodes").rglob(f"*{label_store.SUFFIX}"))
-    assert parts == ["epoch_0000", "epoch_0001", "epoch_0002"]
+    assert parts == ["epoch_0000_8x8", "epoch_0001_8x8", "epoch_0002_8x8"]
 
 
 @pytest.mark.parametrize("step", [3, 5, 7])
@@ -269,6 +304,13 @@ def test_no_room_is_told_before(tmp_path, monkeypatch):
     monkeypatch.setattr(label_store.shutil, "disk_usage", lambda folder: usage._replace(free=100))
     with pytest.raises(MachineError, match="the label store needs"):
         run(tmp_path, "run", STORE)
+
+
+def test_more_classes_than_int16_numbers_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(supply, "MOST_STORED_CLASSES", 9)
+    with pytest.raises(UserError, match=r"numbers classes up to 9, the data set has 10: set teacher\.labels=live"):
+        run(tmp_path, "run", STORE, "--teacher.store_classes=3")
+    assert run(tmp_path, "dense", STORE)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def nodes(tmp_path, split, loader):
     nodes = tmp_path / "nodes"
     for teacher in (HERE, GONE):
         store = LabelStore(nodes / "labels", kind_of(teacher), writes=True)
+        store.describe(tmp_path / f"{teacher}.safetensors")
         ahead = LookAhead(loader, tiny_teacher(), tiny_prepare(), 1, 10)
         for epoch in range(3):
             batches = StoreLoader(loader, store, ahead, tiny_prepare(), CPU).batches(epoch_of(split, epoch), 6)
@@ -90,7 +91,7 @@ def test_a_check_names_what_is_missing(nodes, capsys):
     code, told = listed(nodes, capsys, "--check")
     # Twelve of twenty rows were asked for.
     assert code == 0
-    assert "epoch_0002: lacks 8 of 20 labels (rows 12..19)" in told
+    assert "epoch_0002_8x6: lacks 8 of 20 labels (rows 12..19)" in told
     assert "nothing is damaged" in told
 
 
@@ -102,7 +103,7 @@ def test_a_check_names_what_is_damaged(nodes, split, capsys):
     code, told = listed(nodes, capsys, "--check")
     assert code == 1
     assert f"{path}: is damaged" in told
-    assert "epoch_0000: lacks 20 of 20 labels (rows 0..19)" in told
+    assert "epoch_0000_8x6: lacks 20 of 20 labels (rows 0..19)" in told
     # The plain list reads no rows; a header that is cut it tells, too.
     assert listed(nodes, capsys)[0] == 0
     path.write_bytes(bytes(content[:10]))
@@ -116,6 +117,14 @@ def test_stale_stores_can_be_removed_and_no_other(nodes, capsys):
     assert not store_path(nodes, GONE).exists()
     assert len(list((nodes / "labels").iterdir())) == 2
     assert listed(nodes, capsys, "--remove=stale") == (0, "nothing is stale")
+
+
+def test_labels_of_a_teacher_that_is_a_file_are_not_stale(nodes, tmp_path, capsys):
+    """Nor those of a node of another store."""
+    (tmp_path / f"{GONE}.safetensors").touch()
+    assert f"{GONE} (gone)" not in listed(nodes, capsys)[1]
+    assert listed(nodes, capsys, "--remove=stale") == (0, "nothing is stale")
+    assert store_path(nodes, GONE).exists()
 
 
 def test_one_can_be_removed_by_its_key(nodes, capsys):

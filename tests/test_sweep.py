@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -242,6 +246,16 @@ def test_a_signal_stops_what_runs_and_begins_no_more(run_scripts, monkeypatch):
 # Real ones.
 
 
+def trainings_alive(folder, cwd):
+    """Processes that train into a folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and folder.encode() in (entry / "cmdline").read_bytes():
+                found += [entry.name] if Path(os.readlink(entry / "cwd")) == cwd else []
+    return found
+
+
 def expected_of(folder):
     """(cell, generation) -> errors by measure, one a seed, straight from the runs' own files."""
     found = {}
@@ -266,6 +280,8 @@ def test_a_killed_sweep_goes_on_trains_each_generation_once_and_tells_means_and_
     session.communicate()
     assert first, "no generation was trained before the kill"
     # Those that it started save and end when it is gone.
+    while time.monotonic() < deadline and trainings_alive("swept/trainings", tmp_path):
+        time.sleep(0.05)
     done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "2 cells x 2 seeds = 4 runs of 8 generations: 6 to be trained as 2 are shared" in done.stdout
@@ -346,6 +362,30 @@ def test_a_second_sweep_on_one_folder_is_refused(recipe, tmp_path, monkeypatch, 
     assert f"{folder}: this sweep is in use by process {os.getpid()}" in capsys.readouterr().err
 
 
+def test_a_folder_of_another_grid_is_refused(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "swept").mkdir()
+    (tmp_path / "swept" / "sweep.json").write_text(json.dumps({"grid": {"gen.k": ["2", "4"]}}))
+    assert command(sweep.main, [*words_of(recipe), "--grid=gen.k=2,3", "--dir=swept"]) == 2
+    assert "holds a sweep of another grid: name another folder with --dir" in capsys.readouterr().err
+
+
+def test_results_of_another_run_in_its_folder_are_left_out(recipe, tmp_path, capsys):
+    found = runs(recipe, [WEIGHTS])
+    for run, nodes in zip(found, ([g.node for g in found[0].plan], ["0123", "4567"]), strict=True):
+        rows = [
+            {"generation": number, "role": "student", "node": node, "samples_evaluated": 300,
+             "top1_error": 7.0, "ensemble_top1_error": 6.0}
+            for number, node in enumerate(nodes)
+        ]  # fmt: skip
+        folder = grid.run_folder(tmp_path, run)
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"generations": rows}))
+    sweep_report.report(tmp_path, "name", found)
+    with (tmp_path / "sweep.csv").open() as file:
+        assert {row["gen.teacher_weight"] for row in csv.DictReader(file)} == {"0.3"}
+
+
 def test_recipes_of_a_sweep_are_whole(recipe, tmp_path):
     """What a process is given has all that the grid says, whatever gen.only would make of words on a command line."""
     (run, *_) = runs(recipe, [Axis("gen.teacher_weight", ("[0.2,0.8]",))], (3,), "--gen.generations=2")
@@ -400,7 +440,10 @@ def test_a_sweep_over_nodes_is_an_array_for_each_generation(recipe, tmp_path, mo
     assert not list(tmp_path.glob("**/node.json"))
     out = capsys.readouterr().out
     assert "submitted 6 trainings as Slurm arrays 101, 102" in out
-    assert "--slurm_minutes" not in out.partition("came of them with:")[2]
+    assert "--slurm_minutes" not in out.partition("has come of them:")[2]
+    assert out.rstrip().endswith("--report")
+    assert command(sweep.main, [*words, "--report"]) == 0
+    assert "nothing is measured yet" in capsys.readouterr().out
 
 
 def test_levels_hold_what_the_ones_before_make():
@@ -414,21 +457,52 @@ def test_levels_hold_what_the_ones_before_make():
         sweep_slurm.levels_of(trainings[:1], [])
 
 
-def test_a_task_of_an_array_trains_and_fails_loudly(monkeypatch, submitit):
-    codes, called = [0, 3], []
-
-    def run(command_line):
-        called.append(command_line)
-        return SimpleNamespace(returncode=codes.pop(0))
-
-    monkeypatch.setattr(sweep_slurm.subprocess, "run", run)
+def test_a_task_of_an_array_trains_and_fails_loudly(monkeypatch, tmp_path, submitit):
+    monkeypatch.chdir(tmp_path)
+    words = ["first", "0", "0"]
+    monkeypatch.setattr(sweep_slurm, "training_command", lambda words: [sys.executable, "-c", LOG, *words])
     job = sweep_slurm.Job()
-    job("first", ["--cfg", "x.yaml"])
-    assert called[0][1:] == ["-m", "fastgen.train", "--cfg", "x.yaml"]
+    job("first", words)
+    assert names((tmp_path / "log").read_text().split(), "-") == ["first"]
     with pytest.raises(MachineError, match="second ended with exit code 3"):
-        job("second", [])
-    # Back into the queue with the same words.
-    assert job.checkpoint("first", ["--cfg", "x.yaml"]) == (job, "first", ["--cfg", "x.yaml"])
+        job("second", ["second", "0", "3"])
+    # Back into the queue with the same words, by one that can be pickled.
+    again, *arguments = job.checkpoint("first", words)
+    assert arguments == ["first", words]
+    assert pickle.loads(pickle.dumps(again))._training is None
+
+
+def test_a_task_that_slurm_ends_has_its_training_save_first(monkeypatch, tmp_path, submitit):
+    monkeypatch.chdir(tmp_path)
+    saves = (
+        "import signal, sys, time\n"
+        "def save(*_): open('saved', 'w').close(); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save); open('begun', 'w').close(); time.sleep(60)"
+    )
+    monkeypatch.setattr(sweep_slurm, "training_command", lambda words: [sys.executable, "-c", saves])
+    job, told = sweep_slurm.Job(), []
+
+    def preempted(number, frame):
+        told.append(job.checkpoint("first", []))
+        sys.exit(0)
+
+    before = signal.signal(signal.SIGUSR2, preempted)
+    main = threading.main_thread().ident
+
+    def preempt():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGUSR2)
+
+    threading.Thread(target=preempt, daemon=True).start()
+    try:
+        with pytest.raises(SystemExit):
+            job("first", [])
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert job._training.wait(10) == 143
+    assert (tmp_path / "saved").exists()
+    assert len(told) == 1
 
 
 def test_without_submitit_it_says_how_to_get_it(recipe, tmp_path, monkeypatch, capsys):
