@@ -48,10 +48,9 @@ from fastgen.label_store import LabelStore, StoreKind, epoch_folder, part_paths
 from fastgen.labels import LabelTable, TableKind
 from fastgen.lessons import LookAhead, StoreLoader
 from fastgen.recipe import help_text, parse_words
-from fastgen.supply import Supply
+from fastgen.supply import Supply, store_kind
 from fastgen.tables import new_table, print_table
 from fastgen.teacher import FrozenTeacher
-from fastgen.truncation import truncation
 from fastgen.views import WHOLE
 
 OWN_WORDS = ("--rounds", "--steps", "--results")
@@ -88,19 +87,7 @@ class Measured:
 
 def kind_of(case: Case) -> StoreKind:
     """The store of this case; its teacher has no name."""
-    recipe, dataset = case.recipe, case.dataset
-    return StoreKind(
-        teacher="untrained",
-        images=dataset.train.content_hash,
-        count=len(dataset.train),
-        crop=dataset.crop,
-        pixels=dataset.pixels,
-        mean=dataset.facts.mean,
-        std=dataset.facts.std,
-        precision=recipe.train.precision,
-        engine=recipe.teacher.engine,
-        truncation=truncation(dataset.facts.classes, None, "fp16"),
-    )
+    return store_kind(case.recipe, case.dataset, "untrained")
 
 
 def fill(case: Case, images: Supply, ahead: LookAhead, folder: Path) -> tuple[LabelStore, float]:

@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from fastgen.augment import Normaliser
+from fastgen.config import Recipe
 from fastgen.crops import NO_JITTER, JitterPolicy, ShiftCrop
 from fastgen.data.batch import Batch, DeviceSource, Loader
 from fastgen.data.resident import ResidentLoader
+from fastgen.data.split import Dataset
 from fastgen.distributed import ALONE, Group
 from fastgen.errors import MachineError, UserError
 from fastgen.evaluate import load_network
@@ -204,6 +206,27 @@ def _how(teacher: FrozenTeacher, batches: int) -> str:
     return f"{teacher.how}, {batches} batch{'es' if batches > 1 else ''} at once"
 
 
+def store_kind(recipe: Recipe, dataset: Dataset, teacher: str) -> StoreKind:
+    """What a teacher's label store is of.
+
+    Args:
+        recipe, dataset: of the student.
+        teacher: id of its node, or of its weights file.
+    """
+    return StoreKind(
+        teacher=teacher,
+        images=dataset.train.content_hash,
+        count=len(dataset.train),
+        crop=dataset.crop,
+        pixels=dataset.pixels,
+        mean=dataset.facts.mean,
+        std=dataset.facts.std,
+        precision=recipe.train.precision,
+        engine=recipe.teacher.engine,
+        truncation=truncation(dataset.facts.classes, recipe.teacher.store_classes, recipe.teacher.store_dtype),
+    )
+
+
 def _store(
     bench: Workbench, generation: Generation, weights: Path, held: ExitStack
 ) -> tuple[LabelStore, bool, Callable[[], bool]]:
@@ -216,18 +239,7 @@ def _store(
     recipe, dataset, group = bench.recipe, bench.dataset, bench.group
     if generation.teacher is None:
         raise TypeError("a label store needs a teacher")
-    kind = StoreKind(
-        teacher=generation.teacher,
-        images=dataset.train.content_hash,
-        count=len(dataset.train),
-        crop=dataset.crop,
-        pixels=dataset.pixels,
-        mean=dataset.facts.mean,
-        std=dataset.facts.std,
-        precision=recipe.train.precision,
-        engine=recipe.teacher.engine,
-        truncation=truncation(dataset.facts.classes, recipe.teacher.store_classes, recipe.teacher.store_dtype),
-    )
+    kind = store_kind(recipe, dataset, generation.teacher)
     if dataset.facts.classes > MOST_STORED_CLASSES and not kind.truncation.dense:
         raise UserError(
             f"teacher.labels = store numbers classes up to {MOST_STORED_CLASSES}, the data set has "
