@@ -8,9 +8,9 @@ architecture: it takes these labels, and no teacher runs.
 <store>/labels/<key>/seed_<s>_generation_<g>/epoch_<e>_<side>/*.part  rows of one epoch: safetensors, each written whole
 
 A part holds rows that one process has asked for, between two saves of its training: `rows` int32 (n,), numbers in the
-epoch's order, and the columns of `truncation.Labels`. Its metadata has a checksum of
-each and of the views. Which rows are there is asked of all parts together: a training that was stopped, or goes on in
-another number of processes, adds others.
+epoch's order, and the columns of `truncation.Labels`. Its metadata has a checksum of each and of the views. Which rows
+are there is asked of all parts together: a training that was stopped, or goes on in another number of processes, adds
+others.
 """
 
 from __future__ import annotations

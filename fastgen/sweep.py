@@ -147,8 +147,8 @@ def main(words: Sequence[str]) -> None:
     options = _parser().parse_args(own)
     cells = cells_of(options.grid)
     runs = runs_of(recipes_of([*rest, "--dist.processes=1"], cells, options.seeds), open_dataset)
-    folder = options.dir or _folder(rest, options.grid)
     nodes = Path(str(runs[0].recipe.run.nodes))
+    folder = options.dir or _folder(nodes, rest, options.grid)
     trainings = trainings_of(runs, folder, lambda node: find_node(nodes, node) is not None)
     _announce(runs, trainings, folder)
     if runs[0].recipe.run.dry:
@@ -187,12 +187,11 @@ def _submit(
     )
 
 
-def _folder(words: Sequence[str], axes: Sequence[Axis]) -> Path:
-    """Where a sweep is kept unless it is told: beside the runs of its recipe. Other seeds are the same sweep."""
+def _folder(nodes: Path, words: Sequence[str], axes: Sequence[Axis]) -> Path:
+    """Where a sweep is kept unless it is told: beside its generations. Other seeds are the same sweep."""
     line = parse_words(words)
-    nodes = line.overrides.get("run.nodes", "runs/nodes")
-    what = [sorted(line.overrides.items()), line.cfg.read_text(), [[axis.key, *axis.values] for axis in axes]]
-    return Path(nodes).parent / f"sweep-{line.cfg.stem}-{hash_of(what)[:8]}"
+    what = [sorted(line.overrides.items()), line.cfg.read_text(), _grid(axes)]
+    return nodes.parent / f"sweep-{line.cfg.stem}-{hash_of(what)[:8]}"
 
 
 def _require_one_grid(folder: Path, axes: Sequence[Axis]) -> None:
@@ -266,7 +265,7 @@ def _parser() -> Arguments:
     )
     parser.add_argument("--slurm_partition", default="", help="of the cluster; default its own")
     parser.add_argument("--slurm_cpus", type=at_least_one, default=8, help="cores of each training")
-    parser.add_argument("--report", action="store_true", help="train nothing, only tell what has come of it so far")
+    parser.add_argument(REPORT, action="store_true", help="train nothing, only tell what has come of it so far")
     parser.add_argument("--dir", type=Path, help="folder of the sweep; default runs/sweep-<recipe>-<hash>")
     return parser
 

@@ -8,9 +8,11 @@ import torch
 from fastgen.augment import Normaliser
 from fastgen.crops import ShiftCrop
 from fastgen.data.split import Split
+from fastgen.label_store import StoreKind
 from fastgen.models import build_model, initialise
 from fastgen.step import DTYPES, make_prepare
 from fastgen.teacher import make_teacher
+from fastgen.truncation import Truncation
 from fastgen.views import training_views
 
 CPU = torch.device("cpu")
@@ -35,6 +37,14 @@ def tiny_teacher(precision="fp32", engine="folded"):
     """A frozen network, untrained."""
     model = initialise(build_model("resnet8", CLASSES, 3, "strided"), 1)
     return make_teacher(model, CPU, DTYPES[precision], engine, shape=(4, 3, CROP.height_px, CROP.width_px))
+
+
+def tiny_store_kind(teacher="0123456789abcdef"):
+    """A label store of three of the ten classes."""
+    return StoreKind(
+        teacher=teacher, images="images", count=COUNT, crop=CROP, pixels="stored", mean=MEAN, std=STD,
+        precision="fp32", engine="folded", truncation=Truncation(10, 3, "fp16"),
+    )  # fmt: skip
 
 
 def epoch_of(split, epoch=0, crop=CROP):

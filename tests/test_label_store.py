@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from taught import COUNT, CPU, CROP, MEAN, STD, epoch_of, tiny_prepare, tiny_split, tiny_teacher
+from taught import COUNT, CPU, CROP, epoch_of, tiny_prepare, tiny_split, tiny_store_kind, tiny_teacher
 
 from fastgen import label_store
 from fastgen.crops import JitterPolicy
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import MachineError, UserError
-from fastgen.label_store import LabelStore, StoreKind, epoch_folder, missing_rows, part_paths, read_part
+from fastgen.label_store import LabelStore, epoch_folder, missing_rows, part_paths, read_part
 from fastgen.lessons import LookAhead, StoreLoader, StoreSource
 from fastgen.truncation import CLASSES, LOG_P, Kept, Truncation
 from fastgen.views import EpochName, Share
@@ -25,11 +25,7 @@ BATCH = 6
 
 
 def kind_of(**changes):
-    kind = StoreKind(
-        teacher="0123456789abcdef", images="images", count=COUNT, crop=CROP, pixels="stored", mean=MEAN, std=STD,
-        precision="fp32", engine="folded", truncation=SOME,
-    )  # fmt: skip
-    return replace(kind, **changes)
+    return replace(tiny_store_kind(), **changes)
 
 
 def store_of(folder, *, writes=True, **changes):

@@ -7,18 +7,17 @@ import os
 import shutil
 
 import pytest
-from taught import COUNT, CPU, CROP, MEAN, STD, epoch_of, tiny_prepare, tiny_split, tiny_teacher
+from taught import COUNT, CPU, CROP, MEAN, STD, epoch_of, tiny_prepare, tiny_split, tiny_store_kind, tiny_teacher
 
 from fastgen import stored_labels
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import command
-from fastgen.label_store import LabelStore, StoreKind, epoch_folder, generation_folder, part_paths
+from fastgen.label_store import LabelStore, epoch_folder, generation_folder, part_paths
 from fastgen.labelling import build_table
 from fastgen.labels import TableKind
 from fastgen.lessons import LookAhead, StoreLoader
 from fastgen.locks import locked
 from fastgen.stop import StopRequest
-from fastgen.truncation import Truncation
 
 HERE, GONE = "0123456789abcdef", "fedcba9876543210"
 
@@ -33,15 +32,8 @@ def loader(split):
     return ResidentLoader(split, CROP.pad_px, CPU)
 
 
-def kind_of(teacher):
-    return StoreKind(
-        teacher=teacher, images="images", count=COUNT, crop=CROP, pixels="stored", mean=MEAN, std=STD,
-        precision="fp32", engine="folded", truncation=Truncation(10, 3, "fp16"),
-    )  # fmt: skip
-
-
 def store_path(nodes, teacher):
-    return nodes / "labels" / kind_of(teacher).key
+    return nodes / "labels" / tiny_store_kind(teacher).key
 
 
 @pytest.fixture
@@ -49,7 +41,7 @@ def nodes(tmp_path, split, loader):
     """Two stores of three epochs, the third one in part; one of them, and a table, of a teacher that is there."""
     nodes = tmp_path / "nodes"
     for teacher in (HERE, GONE):
-        store = LabelStore(nodes / "labels", kind_of(teacher), writes=True)
+        store = LabelStore(nodes / "labels", tiny_store_kind(teacher), writes=True)
         store.describe(tmp_path / f"{teacher}.safetensors")
         ahead = LookAhead(loader, tiny_teacher(), tiny_prepare(), 1, 10)
         for epoch in range(3):
@@ -79,7 +71,7 @@ def test_all_that_is_there_is_listed(nodes, capsys):
     code, told = listed(nodes, capsys)
     assert code == 0
     for teacher in (HERE, GONE):
-        assert kind_of(teacher).key in told
+        assert tiny_store_kind(teacher).key in told
     assert told.count("3 of 10 classes, fp16") == 2
     assert told.count("2 epochs, 1 in part") == 2
     assert told.count("all 10 classes, fp32") == 1
