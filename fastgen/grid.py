@@ -151,12 +151,14 @@ class Training:
         words: of `fastgen.train`.
         needs: nodes that must be finished before it starts.
         makes: node that it trains; None: it measures.
+        folders: that it holds while it runs.
     """
 
     name: str
     words: tuple[str, ...]
     needs: frozenset[str]
     makes: str | None
+    folders: tuple[Path, ...] = ()
 
 
 def trainings_of(runs: Sequence[Run], folder: Path, finished: Callable[[str], bool]) -> list[Training]:
@@ -187,19 +189,27 @@ def _generations(runs: Sequence[Run]) -> Iterator[tuple[Generation, Run]]:
 
 def _part(run: Run, folder: Path, generation: Generation) -> Training:
     """Trains a generation that is not the last one."""
-    words = (f"--gen.only={generation.index}", f"--run.dir={folder / 'trainings' / generation.node}")
+    place = folder / "trainings" / generation.node
+    words = ("--cfg", str(recipe_path(folder, run)), f"--gen.only={generation.index}", f"--run.dir={place}")
     needs = frozenset() if generation.teacher is None else frozenset({generation.teacher})
     name = f"generation {generation.index} of {run.name}"
-    return Training(name, ("--cfg", str(recipe_path(folder, run)), *words), needs, generation.node)
+    return Training(name, words, needs, generation.node, (place, _node_folder(run, generation)))
 
 
 def _whole(run: Run, folder: Path, trained: Sequence[Generation]) -> Training:
     """Measures a run, after it has trained the last of these generations; none: all are there."""
-    words = ("--cfg", str(recipe_path(folder, run)), f"--run.dir={run_folder(folder, run)}")
+    place = run_folder(folder, run)
+    words = ("--cfg", str(recipe_path(folder, run)), f"--run.dir={place}")
     if trained:
-        needs = frozenset(generation.node for generation in trained[:-1])
-        return Training(f"generation {trained[-1].index} of {run.name}", words, needs, trained[-1].node)
-    return Training(f"measurement of {run.name}", words, frozenset(g.node for g in run.plan), None)
+        last, needs = trained[-1], frozenset(generation.node for generation in trained[:-1])
+        return Training(
+            f"generation {last.index} of {run.name}", words, needs, last.node, (place, _node_folder(run, last))
+        )
+    return Training(f"measurement of {run.name}", words, frozenset(g.node for g in run.plan), None, (place,))
+
+
+def _node_folder(run: Run, generation: Generation) -> Path:
+    return Path(str(run.recipe.run.nodes)) / generation.node
 
 
 def recipe_path(folder: Path, run: Run) -> Path:

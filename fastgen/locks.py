@@ -121,6 +121,21 @@ def locked(
         lock._leave()
 
 
+def holder_here(folder: Path) -> str:
+    """The process of this host that holds a folder; empty where none does, or where one of another host seems to.
+
+    Args:
+        folder: need not be there.
+
+    Raises:
+        MachineError: the file system has no locks.
+    """
+    if not (folder / "lock").exists():
+        return ""
+    free, record = _look(folder)
+    return record.name if record.this_system and not free else ""
+
+
 @dataclass(frozen=True)
 class Record:
     """Content of a lock file: "process PID on HOST", and lines of a name and a value. Empty: nobody held it yet.
@@ -231,7 +246,8 @@ def _look(folder: Path) -> tuple[bool, Record]:
     # as if to make it, because they remember for half a minute that a file was not there.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        return _flock(descriptor, path), _read(descriptor)
+        # Shared: processes that only look are no holders to each other.
+        return _flock(descriptor, path, fcntl.LOCK_SH), _read(descriptor)
     finally:
         os.close(descriptor)
 
@@ -267,10 +283,10 @@ def _follow(folder: Path, what: str, former: Record) -> Lock | None:
     return None
 
 
-def _flock(descriptor: int, path: Path) -> bool:
+def _flock(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
     """Whether the lock of an open file was free, and is this process's now."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

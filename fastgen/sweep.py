@@ -41,7 +41,7 @@ from fastgen.grid import (
     runs_of,
     trainings_of,
 )
-from fastgen.locks import locked
+from fastgen.locks import holder_here, locked
 from fastgen.nodes import find_node, read_json
 from fastgen.recipe import dump, help_text, parse_words
 from fastgen.stop import StopRequest
@@ -89,8 +89,28 @@ class Places:
         self._free.append(self._taken.pop(name))
 
 
+class Others:
+    """Processes of other commands that train what is to be trained here: they are waited for."""
+
+    def __init__(self) -> None:
+        self._told = set[str]()
+
+    def hold(self, training: Training) -> bool:
+        """Whether one of this host holds a folder that a training needs; told once."""
+        for folder in training.folders:
+            holder = holder_here(folder)
+            if holder and training.name not in self._told:
+                self._told.add(training.name)
+                print(f"{training.name} waits for {holder}, which holds {folder}", flush=True)
+            if holder:
+                return True
+        return False
+
+
 def run_all(trainings: Sequence[Training], finished: Iterable[str], places: Places, stop: StopRequest) -> list[str]:
     """Runs all trainings, each when what it needs is trained; on a signal, stops those that run and starts no more.
+
+    Those that a sweep which was killed left behind, or that another one runs, are waited for.
 
     Args:
         trainings: in the order in which they are started where they can be.
@@ -101,14 +121,15 @@ def run_all(trainings: Sequence[Training], finished: Iterable[str], places: Plac
     Returns:
         what failed, and what could not be begun for that, a line each.
     """
-    waiting, crew, there = list(trainings), Crew[Training](), {*finished}
+    waiting, crew, others, there = list(trainings), Crew[Training](), Others(), {*finished}
     failed: list[str] = []
     began, done = time.monotonic(), 0
     try:
         while (waiting or crew) and not stop.requested:
-            for training in [one for one in waiting if one.needs <= there][: places.at_once - len(crew)]:
-                waiting.remove(training)
-                crew.start(training, places.take(training.name))
+            for training in [one for one in waiting if one.needs <= there]:
+                if len(crew) < places.at_once and not others.hold(training):
+                    waiting.remove(training)
+                    crew.start(training, places.take(training.name))
             for ended in crew.reap():
                 places.leave(ended.task.name)
                 done += 1

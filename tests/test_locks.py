@@ -203,6 +203,27 @@ def test_other_folders_stay_free(tmp_path, hold):
     assert take(tmp_path / "other")
 
 
+def test_who_holds_a_folder_is_told_unless_another_host_must_be_watched_for_that(tmp_path, hold):
+    near, far = tmp_path / "near", tmp_path / "far"
+    near.mkdir()
+    far.mkdir()
+    assert locks.holder_here(tmp_path / "absent") == ""
+    assert locks.holder_here(near) == ""
+    assert not [*near.iterdir()]
+    holder, _ = hold(near), hold(far, "node7")
+    assert locks.holder_here(near) == f"process {holder.pid} on {os.uname().nodename}"
+    assert locks.holder_here(far) == ""
+    holder.kill()
+    assert locks.holder_here(near) == ""
+
+
+def test_who_looks_is_no_holder(tmp_path):
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open() as file:
+        locks.fcntl.flock(file, locks.fcntl.LOCK_SH)
+        assert take(tmp_path, check=no_wait)
+
+
 def test_a_process_may_not_hold_a_folder_twice(tmp_path):
     with locked(tmp_path, "this folder"), pytest.raises(InUse, match=f"by process {os.getpid()} on "):
         take(tmp_path)

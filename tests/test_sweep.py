@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from fastgen import crew, grid, sweep, sweep_report, sweep_slurm
 from fastgen.data import open_dataset
 from fastgen.errors import MachineError, Stopped, UserError, command
 from fastgen.grid import Axis, Cell, Training, cells_of, parse_axis, recipes_of, runs_of, trainings_of
+from fastgen.locks import locked
 from fastgen.stop import StopRequest
 from fastgen.sweep import Places, run_all
 
@@ -122,6 +123,10 @@ def test_what_runs_share_is_trained_once(recipe, tmp_path):
     for number, training in enumerate(trainings):
         assert teachers[training.makes] is None or teachers[training.makes] in training.needs
         assert training.needs <= {*made[:number]}
+    # What the process locks.
+    for training in trainings:
+        place = Path(training.words[-1].removeprefix("--run.dir="))
+        assert training.folders == (place, Path(str(found[0].recipe.run.nodes)) / training.makes)
     # Whoever trains a run's last generation measures the run.
     assert sum("--gen.only" in " ".join(training.words) for training in trainings) == 12
 
@@ -154,10 +159,12 @@ class Script:
     needs: frozenset
     seconds: float = 0.2
     code: int = 0
+    folders: tuple = ()
 
     @property
     def training(self):
-        return Training(self.name, (self.name, str(self.seconds), str(self.code)), self.needs, self.name)
+        words = (self.name, str(self.seconds), str(self.code))
+        return Training(self.name, words, self.needs, self.name, self.folders)
 
 
 @pytest.fixture
@@ -187,6 +194,31 @@ def test_students_wait_for_their_teacher_and_nothing_else_does(run_scripts):
     assert failed == []
     assert lines.index("+other@-") < lines.index("-slow@-") < lines.index("+pupil@-")
     assert sorted(names(lines, "-")) == ["other", "pupil", "quick", "slow"]
+
+
+def test_what_another_process_trains_is_waited_for_while_the_rest_goes_on(run_scripts, tmp_path, capsys):
+    held = tmp_path / "held"
+    held.mkdir()
+    scripts = [Script("held", frozenset(), folders=(tmp_path / "absent", held)), Script("free", frozenset())]
+    scripts += [Script("last", frozenset({"free"}))]
+    with ExitStack() as holder:
+        holder.enter_context(locked(held, "this generation"))
+
+        def release():
+            deadline = time.monotonic() + 60
+            while "-last" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            holder.close()
+
+        (tmp_path / "log").touch()
+        releasing = threading.Thread(target=release)
+        releasing.start()
+        failed, lines = run_scripts(scripts, Places(CPU, 1))
+        releasing.join()
+    assert failed == []
+    assert names(lines, "-") == ["free", "last", "held"]
+    told = f"held waits for process {os.getpid()} on {os.uname().nodename}, which holds {held}\n"
+    assert capsys.readouterr().out.count(told) == 1
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -246,16 +278,6 @@ def test_a_signal_stops_what_runs_and_begins_no_more(run_scripts, monkeypatch):
 # Real ones.
 
 
-def trainings_alive(folder, cwd):
-    """Processes that train into a folder."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and folder.encode() in (entry / "cmdline").read_bytes():
-                found += [entry.name] if Path(os.readlink(entry / "cwd")) == cwd else []
-    return found
-
-
 def expected_of(folder):
     """(cell, generation) -> errors by measure, one a seed, straight from the runs' own files."""
     found = {}
@@ -279,9 +301,7 @@ def test_a_killed_sweep_goes_on_trains_each_generation_once_and_tells_means_and_
     session.kill()
     session.communicate()
     assert first, "no generation was trained before the kill"
-    # Those that it started save and end when it is gone.
-    while time.monotonic() < deadline and trainings_alive("swept/trainings", tmp_path):
-        time.sleep(0.05)
+    # Those that it started are saving: they are waited for.
     done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "2 cells x 2 seeds = 4 runs of 8 generations: 6 to be trained as 2 are shared" in done.stdout
