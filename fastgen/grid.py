@@ -161,8 +161,10 @@ class Training:
     folders: tuple[Path, ...] = ()
 
 
-def trainings_of(runs: Sequence[Run], folder: Path, finished: Callable[[str], bool]) -> list[Training]:
-    """All that is to be done, patriarchs first: each node that is not there once, and each run's measurement.
+def trainings_of(
+    runs: Sequence[Run], folder: Path, finished: Callable[[str], bool], measured: Callable[[Run], bool]
+) -> list[Training]:
+    """All that is to be done, patriarchs first: each node that is not there once, and measurements that are not.
 
     Who trains the last generation of a run measures it as well, unless another run has that generation, too.
 
@@ -170,16 +172,17 @@ def trainings_of(runs: Sequence[Run], folder: Path, finished: Callable[[str], bo
         runs: of the sweep.
         folder: of the sweep; recipes are in it.
         finished: whether a node is trained.
+        measured: whether a run is.
     """
     found: dict[str, Training] = {}
-    measured = set[str]()
+    known = {run.label for run in runs if measured(run)}
     for generation, run in sorted(_generations(runs), key=lambda pair: pair[0].index):
         if generation.node in found or finished(generation.node):
             continue
         whole = generation == run.plan[-1]
-        measured |= {run.label} if whole else set()
+        known |= {run.label} if whole else set()
         found[generation.node] = _whole(run, folder, run.plan) if whole else _part(run, folder, generation)
-    return [*found.values(), *(_whole(run, folder, ()) for run in runs if run.label not in measured)]
+    return [*found.values(), *(_whole(run, folder, ()) for run in runs if run.label not in known)]
 
 
 def _generations(runs: Sequence[Run]) -> Iterator[tuple[Generation, Run]]:

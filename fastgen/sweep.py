@@ -45,7 +45,7 @@ from fastgen.locks import holder_here, locked
 from fastgen.nodes import find_node, read_json
 from fastgen.recipe import dump, help_text, parse_words
 from fastgen.stop import StopRequest
-from fastgen.sweep_report import report
+from fastgen.sweep_report import is_measured, report
 from fastgen.sweep_slurm import Wanted, submit
 from fastgen.trainings import POLL_SECONDS
 
@@ -170,7 +170,9 @@ def main(words: Sequence[str]) -> None:
     runs = runs_of(recipes_of([*rest, "--dist.processes=1"], cells, options.seeds), open_dataset)
     nodes = Path(str(runs[0].recipe.run.nodes))
     folder = options.dir or _folder(nodes, rest, options.grid)
-    trainings = trainings_of(runs, folder, lambda node: find_node(nodes, node) is not None)
+    trainings = trainings_of(
+        runs, folder, lambda node: find_node(nodes, node) is not None, lambda run: is_measured(folder, run)
+    )
     _announce(runs, trainings, folder)
     if runs[0].recipe.run.dry:
         return

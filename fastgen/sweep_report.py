@@ -35,6 +35,11 @@ class Point:
     role: str
     values: dict[str, list[float]]
 
+    @property
+    def seeds(self) -> int:
+        """How many are measured."""
+        return len(self.values["top1_error"])
+
     def mean(self, measure: str) -> float:
         """Over the seeds."""
         return statistics.mean(self.values[measure])
@@ -67,8 +72,8 @@ def report(folder: Path, name: str, runs: Sequence[Run]) -> None:
         name: of its recipe.
         runs: of which those that are measured are told.
     """
-    found = ((run, run_folder(folder, run) / "results.json") for run in runs)
-    results = [(run, content) for run, path in found if path.exists() and _is_of(content := read_json(path), run)]
+    found = [(run, read_results(folder, run)) for run in runs]
+    results = [(run, content) for run, content in found if content is not None]
     points = points_of(results)
     if not points:
         print("nothing is measured yet")
@@ -77,26 +82,51 @@ def report(folder: Path, name: str, runs: Sequence[Run]) -> None:
     counted = " and ".join(f"{count:,}" for count in sorted(images))
     title = f"{name}: errors in percent of {counted} held-out images, mean ± standard deviation (n - 1) of the seeds"
     print_table(table(title, points))
-    best = chosen(points)
-    print(
-        f"lowest {MEASURES['top1_error']} in the last generation: {best.cell.name}, {_text(best, 'top1_error')} "
-        f"({len(best.values['top1_error'])} seeds)"
-    )
+    _tell_best(points)
     write_atomically(folder / "sweep.csv", _csv(points).encode())
     draw(folder / "sweep.png", name, points)
     print(f"{folder / 'sweep.csv'}  {folder / 'sweep.png'}")
 
 
-def _is_of(content: dict[str, Any], run: Run) -> bool:
-    """Whether results are of this very run: another grid, or other data, may have had the same folder."""
+def read_results(folder: Path, run: Run) -> dict[str, Any] | None:
+    """Content of a run's results.json; None: it is not measured, or what is there is not of this very run.
+
+    Another grid, or other data, may have had the same folder.
+    """
+    path = run_folder(folder, run) / "results.json"
+    content: dict[str, Any] | None = read_json(path) if path.exists() else None
+    if content is None:
+        return None
     nodes = [row["node"] for row in content["generations"]]
-    return nodes == [generation.node for generation in run.plan][: len(nodes)]
+    return content if nodes == [generation.node for generation in run.plan][: len(nodes)] else None
+
+
+def is_measured(folder: Path, run: Run) -> bool:
+    """Whether all generations of a run have all their errors."""
+    content = read_results(folder, run)
+    if content is None or len(content["generations"]) < len(run.plan):
+        return False
+    return all(row[measure] is not None for row in content["generations"] for measure in MEASURES)
 
 
 def chosen(points: Sequence[Point]) -> Point:
-    """The last generation of the cell in which it errs least, by mean; among equals the first cell."""
-    last = max(point.generation for point in points)
-    return min((point for point in points if point.generation == last), key=lambda point: point.mean("top1_error"))
+    """The last generation of the cell in which it errs least, by mean; among equals the first cell.
+
+    Cells that lack seeds which others have are not compared with them.
+    """
+    last = [point for point in points if point.generation == max(point.generation for point in points)]
+    most = max(point.seeds for point in last)
+    return min((point for point in last if point.seeds == most), key=lambda point: point.mean("top1_error"))
+
+
+def _tell_best(points: Sequence[Point]) -> None:
+    best = chosen(points)
+    seeds = "1 seed" if best.seeds == 1 else f"{best.seeds} seeds"
+    lacking = sum(point.generation == best.generation and point.seeds < best.seeds for point in points)
+    print(
+        f"lowest {MEASURES['top1_error']} in generation {best.generation}: {best.cell.name}, "
+        f"{_text(best, 'top1_error')} ({seeds})" + (f"; cells with fewer seeds, not compared: {lacking}" if lacking else "")
+    )
 
 
 def table(title: str, points: Sequence[Point]) -> Table:
@@ -104,9 +134,8 @@ def table(title: str, points: Sequence[Point]) -> Table:
     shown = new_table(title, ("cell", "generation", "seeds", *MEASURES.values()), ("cell", "generation"), wrap=True)
     for point in points:
         errors = (_text(point, measure) for measure in MEASURES)
-        seeds = str(len(point.values["top1_error"]))
         name = point.cell.name if point.generation == 0 else ""
-        shown.add_row(name, f"{point.generation} {point.role}", seeds, *errors)
+        shown.add_row(name, f"{point.generation} {point.role}", str(point.seeds), *errors)
     return shown
 
 
@@ -126,7 +155,7 @@ def _csv(points: Sequence[Point]) -> str:
 
 def _row(point: Point) -> dict[str, Any]:
     row: dict[str, Any] = {**point.cell.values, "generation": point.generation, "role": point.role}
-    row["seeds"] = len(point.values["top1_error"])
+    row["seeds"] = point.seeds
     for measure in MEASURES:
         deviation = point.deviation(measure)
         row[f"{measure}_mean"] = round(point.mean(measure), 4)

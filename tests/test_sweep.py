@@ -113,7 +113,7 @@ def test_nothing_is_chosen_by_the_test_set(recipe, capsys):
 
 def test_what_runs_share_is_trained_once(recipe, tmp_path):
     found = runs(recipe, [WEIGHTS, CONFIDENCES], (0, 1), "--gen.generations=2")
-    trainings = trainings_of(found, tmp_path, lambda node: False)
+    trainings = trainings_of(found, tmp_path, lambda node: False, lambda run: False)
     made = [training.makes for training in trainings]
     # Two confidences with two seeds; two students of each with each weight.
     assert len(made) == len({*made}) == 4 + 8 + 8
@@ -134,11 +134,13 @@ def test_what_runs_share_is_trained_once(recipe, tmp_path):
 def test_what_is_trained_is_measured_alone(recipe, tmp_path):
     found = runs(recipe, [WEIGHTS])
     patriarch, students = found[0].plan[0].node, [run.plan[1].node for run in found]
-    some = trainings_of(found, tmp_path, lambda node: node == patriarch)
+    some = trainings_of(found, tmp_path, lambda node: node == patriarch, lambda run: False)
     assert [training.makes for training in some] == students
     assert [training.needs for training in some] == [{patriarch}] * 2
-    none = trainings_of(found, tmp_path, lambda node: True)
+    none = trainings_of(found, tmp_path, lambda node: True, lambda run: False)
     assert [(training.makes, training.needs) for training in none] == [(None, {patriarch, node}) for node in students]
+    one = trainings_of(found, tmp_path, lambda node: True, lambda run: run is found[0])
+    assert one == none[1:]
 
 
 # Order and places, with scripts instead of trainings.
@@ -321,12 +323,13 @@ def test_a_killed_sweep_goes_on_trains_each_generation_once_and_tells_means_and_
             assert float(row[f"{name}_deviation"]) == pytest.approx(np.std(values[measure], ddof=1), abs=1e-4)
     last = {weight: np.mean(values["top1"]) for (weight, generation), values in expected.items() if generation == 1}
     best = min(last, key=last.get)
-    assert f"lowest top-1 error in the last generation: teacher_weight={best}, {last[best]:.2f}" in done.stdout
+    assert f"lowest top-1 error in generation 1: teacher_weight={best}, {last[best]:.2f}" in done.stdout
     assert (tmp_path / "swept" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     # Once more: nothing is left to train, or to measure anew.
     again = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
     assert "6 of them are there" in again.stdout
+    assert "processes done" not in again.stdout
     assert (tmp_path / "swept" / "sweep.csv").read_text() == "\n".join(
         [",".join(rows[0]), *(",".join(row.values()) for row in rows), ""]
     )
@@ -404,6 +407,37 @@ def test_results_of_another_run_in_its_folder_are_left_out(recipe, tmp_path, cap
     sweep_report.report(tmp_path, "name", found)
     with (tmp_path / "sweep.csv").open() as file:
         assert {row["gen.teacher_weight"] for row in csv.DictReader(file)} == {"0.3"}
+
+
+def write_results(folder, run, errors):
+    """Results of a run's first generations."""
+    rows = [
+        {"generation": number, "role": "student", "node": generation.node, "samples_evaluated": 300,
+         "top1_error": error, "ensemble_top1_error": error}
+        for number, (generation, error) in enumerate(zip(run.plan, errors, strict=False))
+    ]  # fmt: skip
+    place = grid.run_folder(folder, run)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "results.json").write_text(json.dumps({"generations": rows}))
+
+
+@pytest.mark.parametrize(
+    ("errors", "measured"), [(None, False), ([7.0], False), ([7.0, None], False), ([7.0, 6.0], True)]
+)
+def test_what_is_measured_is_not_measured_again(recipe, tmp_path, errors, measured):
+    (run, *_) = runs(recipe, [WEIGHTS])
+    if errors is not None:
+        write_results(tmp_path, run, errors)
+    assert sweep_report.is_measured(tmp_path, run) == measured
+
+
+def test_cells_that_lack_seeds_are_not_compared_with_the_others(recipe, tmp_path, capsys):
+    for run in runs(recipe, [WEIGHTS], (0, 1)):
+        if (run.cell.number, run.seed) != (1, 1):
+            write_results(tmp_path, run, [50.0, 40.0 - run.cell.number])
+    sweep_report.report(tmp_path, "name", runs(recipe, [WEIGHTS], (0, 1)))
+    told = "generation 1: teacher_weight=0.3, 40.00 ± 0.00 (2 seeds); cells with fewer seeds, not compared: 1\n"
+    assert told in capsys.readouterr().out
 
 
 def test_recipes_of_a_sweep_are_whole(recipe, tmp_path):
