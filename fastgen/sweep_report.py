@@ -125,7 +125,8 @@ def _tell_best(points: Sequence[Point]) -> None:
     lacking = sum(point.generation == best.generation and point.seeds < best.seeds for point in points)
     print(
         f"lowest {MEASURES['top1_error']} in generation {best.generation}: {best.cell.name}, "
-        f"{_text(best, 'top1_error')} ({seeds})" + (f"; cells with fewer seeds, not compared: {lacking}" if lacking else "")
+        f"{_text(best, 'top1_error')} ({seeds})"
+        + (f"; cells with fewer seeds, not compared: {lacking}" if lacking else "")
     )
 
 
