@@ -16,7 +16,10 @@ from fastgen.plan import Generation, make_plan
 from fastgen.recipe import parse_words, read_recipe
 
 # Given for each run by the sweep itself, or the same for all.
-FIXED = ("run.seed", "run.dir", "run.nodes", "run.dry", "gen.only", "gen.teacher", "data.holdout", "dist.processes")
+FIXED = (
+    "run.seed", "run.dir", "run.nodes", "run.dry", "run.stop_after_minutes", "gen.only", "gen.teacher", "data.holdout",
+    "dist.processes",
+)  # fmt: skip
 COMMAS = re.compile(r",(?![^\[]*\])")
 
 
@@ -109,10 +112,12 @@ def recipes_of(words: Sequence[str], cells: Sequence[Cell], seeds: Sequence[int]
         UserError: one is wrong, two are the same, or they would choose by the test set.
     """
     given = parse_words(words).overrides
-    for key in ("run.seed", "run.dir", "gen.only", "gen.teacher", *itertools.chain(*(cell.values for cell in cells))):
+    for key in ("run.seed", "run.dir", *itertools.chain(*(cell.values for cell in cells))):
         if key in given:
             raise UserError(f"--{key}={given[key]}: the sweep gives each run its own: leave it out")
-    seen: dict[str, str] = {}
+    if "dist.processes" in given:
+        raise UserError("--dist.processes: each training of a sweep is one process: leave it out")
+    words, seen = [*words, "--dist.processes=1"], dict[str, str]()
     for seed in seeds:
         for cell in cells:
             its = (f"--{key}={value}" for key, value in cell.values.items())
@@ -122,10 +127,20 @@ def recipes_of(words: Sequence[str], cells: Sequence[Cell], seeds: Sequence[int]
                     "a sweep chooses, and choosing on the test set is a fault: hold images of the training set out "
                     "with --data.holdout=5000"
                 )
+            _require_one_or_all(recipe)
             other = seen.setdefault(recipe.short_hash, f"{cell.name}, seed {seed}")
             if other != f"{cell.name}, seed {seed}":
                 raise UserError(f"{cell.name}, seed {seed} is the same training as {other}: leave one of them out")
             yield cell, seed, recipe
+
+
+def _require_one_or_all(recipe: Recipe) -> None:
+    if (recipe.gen.only is None) != (recipe.gen.teacher is None):
+        raise UserError(
+            "a sweep is of whole recipes, or of one generation under one teacher: give gen.only and gen.teacher both"
+        )
+    if recipe.run.stop_after_minutes is not None:
+        raise UserError("run.stop_after_minutes: a sweep has no end of its time: leave it out, and end it by a signal")
 
 
 def runs_of(recipes: Iterable[tuple[Cell, int, Recipe]], open_data: Callable[[Recipe], Dataset]) -> list[Run]:

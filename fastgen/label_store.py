@@ -19,7 +19,8 @@ import json
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from fastgen.crops import CropPolicy, Int64
 from fastgen.data.batch import to_device
 from fastgen.errors import MachineError, UserError
 from fastgen.files import write_atomically, write_json
+from fastgen.nodes import read_json
 from fastgen.truncation import Labels, Truncation
 from fastgen.views import EpochName, EpochViews
 
@@ -157,6 +159,11 @@ class LabelStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "store.json", {**self.kind.description, "weights": str(weights.absolute())})
 
+    def clear(self, data_seed: int, generation: int) -> None:
+        """Removes what kills within a write left of a generation; for the holder of its lock, before anyone writes."""
+        for path in generation_folder(self.folder, data_seed, generation).glob("epoch_*/.*.partial"):
+            path.unlink(missing_ok=True)
+
     def give_up(self) -> None:
         """Keeps nothing any more: another run writes here now."""
         self.writes = False
@@ -249,9 +256,37 @@ class LabelStore:
         if not self._pending or self._name is None:
             return
         columns = {name: torch.cat([noted[name] for noted in self._pending]).cpu().numpy() for name in self._pending[0]}
+        if not np.isfinite(columns[DIVERGENCE]).all():
+            raise UserError(
+                "the teacher's logits are not finite: its weights are broken, or train.precision=fp32 is needed"
+            )
         divergence = float(columns.pop(DIVERGENCE).sum())
         write_part(epoch_folder(self.folder, self._name), self._name, self._views, self.kind.count, columns, divergence)
         self._pending.clear()
+
+
+def other_stores(folder: Path, kind: StoreKind) -> list[str]:
+    """Tells of each other store of the same teacher in what it differs, so that nobody wonders why it is not read.
+
+    Args:
+        folder: of all stores.
+        kind: that is looked for.
+    """
+    own, told = kind.description, list[str]()
+    for path in sorted(folder.glob("*/store.json")):
+        there = read_json(path)
+        if path.parent.name != kind.key and there.get("teacher") == kind.teacher:
+            told.append(f"{path.parent} is of the same teacher, but {', '.join(_differences(there, own))}")
+    return told
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in here.items():
+        other = there.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            yield from _differences(other, value, f"{name}.")
+        elif other != value:
+            yield f"has {prefix}{name} = {other}, not {value}"
 
 
 def generation_folder(store: Path, data_seed: int, generation: int) -> Path:
@@ -295,7 +330,7 @@ def read_part(path: Path) -> Part:
         UserError: it is damaged.
     """
     try:
-        with safe_open(path, framework="np") as file:
+        with _opened(path) as file:
             checksum, _, text = (file.metadata() or {})[METADATA_KEY].partition(" ")
         if zlib.crc32(text.encode()) != int(checksum, 16):
             raise ValueError("the checksum of its metadata differs")
@@ -304,6 +339,16 @@ def read_part(path: Path) -> Part:
         return Part(path=path, name=name, **about)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Raises MachineError where a part has gone since its folder was read: somebody removes labels."""
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except FileNotFoundError:
+        raise MachineError(f"{path}: has gone while labels were read: start again") from None
 
 
 def read_columns(part: Part) -> Columns:
@@ -318,7 +363,7 @@ def read_columns(part: Part) -> Columns:
 def _column(part: Part, key: str) -> npt.NDArray[Any]:
     """A column of a part, checked."""
     try:
-        with safe_open(part.path, framework="np") as file:
+        with _opened(part.path) as file:
             column: npt.NDArray[Any] = file.get_tensor(key)
     except SafetensorError as error:
         raise _damaged(part.path, error) from None

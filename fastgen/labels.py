@@ -6,6 +6,7 @@ replaces the teacher for every student that it will ever have.
 
 <store>/labels/<key>/logits.safetensors   `logits` (views, images, classes) in the dtype of the teacher's pass, and
                                           `crc32` (views,), checksums of its blocks
+<store>/labels/<key>/teacher.json         where the teacher's weights are, for the list of tables
 <store>/labels/<key>/cost.json            seconds that it took, and the student that they are charged to
 
 `labelling.py` makes it. The key is a hash of everything that decides the logits: the teacher's node, the images, the
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastgen.config import hash_of
@@ -157,6 +159,19 @@ class LabelTable:
 def table_path(folder: Path) -> Path:
     """The file of the table that is kept in a folder."""
     return folder / "logits.safetensors"
+
+
+def table_damage(folder: Path) -> str | None:
+    """Reads a finished table of whatever kind; tells what is wrong with it, None: nothing is."""
+    path = table_path(folder)
+    try:
+        with safe_open(path, framework="pt") as file:
+            sums, logits = file.get_tensor("crc32").tolist(), file.get_slice("logits")
+            blocks = (logits[number].contiguous().view(torch.uint8).numpy() for number in range(len(sums)))
+            wrong = [number for number, block in enumerate(blocks) if zlib.crc32(block.data) != sums[number]]
+    except (SafetensorError, KeyError) as error:
+        return f"{path}: is damaged ({str(error).splitlines()[0][:200]})"
+    return f"{path}: is damaged (the checksum of view {wrong[0]} differs)" if wrong else None
 
 
 def read_table(folder: Path, kind: TableKind, device: torch.device) -> LabelTable | None:

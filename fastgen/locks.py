@@ -121,19 +121,33 @@ def locked(
         lock._leave()
 
 
-def holder_here(folder: Path) -> str:
-    """The process of this host that holds a folder; empty where none does, or where one of another host seems to.
+class Watch:
+    """Tells who holds folders, without holding them; to be asked again and again, as signs of other hosts are."""
 
-    Args:
-        folder: need not be there.
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[Record, float]] = {}
 
-    Raises:
-        MachineError: the file system has no locks.
-    """
-    if not (folder / "lock").exists():
-        return ""
-    free, record = _look(folder)
-    return record.name if record.this_system and not free else ""
+    def holder(self, folder: Path) -> str:
+        """The process that holds a folder; empty where none does that is known to live.
+
+        Args:
+            folder: need not be there.
+
+        Raises:
+            MachineError: the file system has no locks.
+        """
+        if not (folder / "lock").exists():
+            return ""
+        free, record = _look(folder)
+        if free or record.former_self:
+            return ""
+        before, since = self._seen.get(folder, (None, 0.0))
+        if record.this_system:
+            return record.name
+        if record != before:
+            since = time.monotonic()
+            self._seen[folder] = record, since
+        return record.name if time.monotonic() - since < STALE_SECONDS else ""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from fastgen.arguments import Arguments
 from fastgen.errors import FastgenError, UserError, command
 from fastgen.label_store import ROWS, SUFFIX, known_rows, missing_rows, read_columns, read_part
-from fastgen.labels import METADATA_KEY, table_path
-from fastgen.locks import locked
+from fastgen.labels import METADATA_KEY, table_damage, table_path
+from fastgen.locks import InUse, locked
 from fastgen.nodes import find_node, read_json
 from fastgen.tables import new_table, print_table
 
@@ -58,11 +59,17 @@ class Labels:
 def labels_in(nodes: Path) -> list[Labels]:
     """All label stores and tables beside a store of generations."""
     folders = sorted(path for path in (nodes / "labels").glob("*") if path.is_dir())
-    return [_store(folder) if (folder / "store.json").exists() else _table(folder) for folder in folders]
+    return [_store(folder) if _is_store(folder) else _table(folder) for folder in folders]
+
+
+def _is_store(folder: Path) -> bool:
+    return (folder / "store.json").exists() or any(folder.glob("seed_*_generation_*"))
 
 
 def _store(folder: Path) -> Labels:
-    about = read_json(folder / "store.json")
+    about = _about(folder)
+    if about is None:
+        return Labels(folder, "store", "", "", "store.json is damaged or missing", _size(folder))
     cut, count = about["truncation"], about["count"]
     epochs = [_rows_in(epoch, count) for epoch in sorted(folder.glob("*/epoch_*"))]
     counts = {
@@ -72,7 +79,18 @@ def _store(folder: Path) -> Labels:
     }
     state = ", ".join(f"{number} {what}" for what, number in counts.items() if number) or "nothing yet"
     kept = f"{cut['kept']} of {cut['classes']} classes, {cut['dtype']}"
-    return Labels(folder, "store", about["teacher"], kept, state, _size(folder), Path(about["weights"]))
+    weights = Path(about["weights"]) if "weights" in about else None
+    return Labels(folder, "store", about["teacher"], kept, state, _size(folder), weights)
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    """None: it cannot be read; the next student that adds to the store writes it anew."""
+    path = folder / "store.json"
+    try:
+        about: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        return None
+    return about if {"teacher", "truncation", "count"} <= {*about} else None
 
 
 def _rows_in(epoch: Path, count: int) -> int | None:
@@ -92,18 +110,41 @@ def _table(folder: Path) -> Labels:
     except (SafetensorError, KeyError, ValueError):
         return Labels(folder, "table", "", "", "damaged", _size(folder))
     kept = f"all {about['classes']} classes, {about['precision']}"
-    return Labels(folder, "table", about["teacher"], kept, "all views", _size(folder))
+    place = folder / "teacher.json"
+    weights = Path(read_json(place)["weights"]) if place.exists() else None
+    return Labels(folder, "table", about["teacher"], kept, "all views", _size(folder), weights)
 
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def faults_in(found: Labels) -> Iterator[str]:
-    """Reads a whole store; a line for each fault."""
-    if found.kind != "store":
+@dataclass(frozen=True)
+class Fault:
+    """Something that a check has found.
+
+    Attributes:
+        text: names the file.
+        damage: False: labels are missing, which the next student asks for.
+    """
+
+    text: str
+    damage: bool
+
+
+def faults_in(found: Labels) -> Iterator[Fault]:
+    """Reads a whole store or table."""
+    if found.kind == "table":
+        text = table_damage(found.folder) if table_path(found.folder).exists() else None
+        if text is not None:
+            yield Fault(f"{text}: delete it, and it is made anew", damage=True)
         return
-    count = read_json(found.folder / "store.json")["count"]
+    about = _about(found.folder)
+    if about is None:
+        text = f"{found.folder / 'store.json'}: is damaged or missing: the next student that adds labels writes it anew"
+        yield Fault(text, damage=True)
+        return
+    count = about["count"]
     for epoch in sorted(found.folder.glob("*/epoch_*")):
         known, damaged = np.zeros(count, bool), False
         for path in sorted(epoch.glob(f"*{SUFFIX}")):
@@ -111,11 +152,11 @@ def faults_in(found: Labels) -> Iterator[str]:
                 known[read_columns(read_part(path))[ROWS]] = True
             except UserError as error:
                 damaged = True
-                yield str(error)
+                yield Fault(str(error), damage=True)
         missing = [f"{first}..{end - 1}" for first, end in missing_rows(known)]
         if missing and (damaged or known.any()):
             shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            yield f"{epoch}: lacks {int((~known).sum()):,} of {count:,} labels (rows {shown})"
+            yield Fault(f"{epoch}: lacks {int((~known).sum()):,} of {count:,} labels (rows {shown})", damage=False)
 
 
 def remove(found: Labels) -> None:
@@ -132,9 +173,10 @@ def remove(found: Labels) -> None:
 
 
 def stale(nodes: Path, found: Labels) -> bool:
-    """Whether the teacher is gone, as a node of these and where it was; of labels that do not say whose: no."""
-    there = found.weights is not None and found.weights.exists()
-    return bool(found.teacher) and not there and find_node(nodes, found.teacher) is None
+    """Whether the teacher is gone, as a node of these and where it was; of labels that do not say where: no."""
+    if not found.teacher or found.weights is None:
+        return False
+    return not found.weights.exists() and find_node(nodes, found.teacher) is None
 
 
 def main(words: Sequence[str]) -> None:
@@ -160,8 +202,8 @@ def main(words: Sequence[str]) -> None:
     if options.check:
         faults = [fault for found in there for fault in faults_in(found)]
         for fault in faults:
-            print(fault)
-        if any("damaged" in fault for fault in faults):
+            print(fault.text)
+        if any(fault.damage for fault in faults):
             raise DamageFound("some of it is damaged: delete what is named above, and it is asked for again")
         print("nothing is damaged")
 
@@ -170,9 +212,16 @@ def _remove(nodes: Path, there: Sequence[Labels], key: str) -> None:
     chosen = [found for found in there if (stale(nodes, found) if key == STALE else found.folder.name == key)]
     if not chosen and key != STALE:
         raise UserError(f"--remove={key}: there are no such labels in {nodes}: call it without --remove for a list")
+    in_use = list[str]()
     for found in chosen:
-        remove(found)
+        try:
+            remove(found)
+        except InUse as error:
+            in_use.append(str(error))
+            continue
         print(f"removed {found.folder} ({found.size_bytes / 1e6:,.1f} MB)")
+    if in_use:
+        raise UserError("; ".join(in_use))
     if not chosen:
         print("nothing is stale")
 

@@ -19,7 +19,8 @@ from fastgen.data.split import Dataset
 from fastgen.distributed import ALONE, Group
 from fastgen.errors import MachineError, UserError
 from fastgen.evaluate import load_network
-from fastgen.label_store import LabelStore, StoreKind, generation_folder
+from fastgen.files import write_json
+from fastgen.label_store import LabelStore, StoreKind, generation_folder, other_stores
 from fastgen.labelling import TABLE_BATCH, build_table, claim_cost
 from fastgen.labels import LabelTable, TableKind, read_table, table_path
 from fastgen.lessons import LookAhead, StoreLoader, StoreSource, TableLoader, TableSource
@@ -256,6 +257,7 @@ def _store(
         if missing:
             locks.extend(_claimed(bench, generation, store, held))
         if locks:
+            store.clear(generation.data_seed, generation.index)
             store.require_room(missing)
             store.describe(weights)
         _tell_store(bench, generation, store, missing, kept=bool(locks))
@@ -287,6 +289,8 @@ def _tell_store(bench: Workbench, generation: Generation, store: LabelStore, mis
         there = 1 - missing / (epochs * store.kind.count)
         state = f"; {there:.1%} of it is there" if there else ""
         bench.recorder.say(f"generation {generation.index} keeps its teacher's word in {store.folder} ({size}{state})")
+        for other in other_stores(store.folder.parent, store.kind) if not there else ():
+            bench.recorder.say(other)
 
 
 def epoch_names(bench: Workbench, generation: Generation) -> list[EpochName]:
@@ -360,6 +364,8 @@ def _build_table(
     stop: Checks,
 ) -> None:
     teacher = _teacher(bench, weights, min(TABLE_BATCH, kind.count), 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "teacher.json", {"weights": str(weights.absolute())})
     what = f"teacher of generation {generation.index} labels {kind.views} views of {kind.count} images"
     with bench.recorder.display.passes(what, kind.views, kind.count) as passed:
         build_table(folder, kind, images.loader, images.prepare, teacher, stop, passed, bench.recorder.say)

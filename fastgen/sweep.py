@@ -17,13 +17,14 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgen.arguments import Arguments, at_least_one, split_words
-from fastgen.config import hash_of
+from fastgen.config import Recipe, hash_of
 from fastgen.crew import Crew
 from fastgen.data import open_dataset
 from fastgen.device import choose_device
@@ -41,7 +42,7 @@ from fastgen.grid import (
     runs_of,
     trainings_of,
 )
-from fastgen.locks import holder_here, locked
+from fastgen.locks import Watch, locked
 from fastgen.nodes import find_node, read_json
 from fastgen.recipe import dump, help_text, parse_words
 from fastgen.stop import StopRequest
@@ -49,7 +50,8 @@ from fastgen.sweep_report import is_measured, report
 from fastgen.sweep_slurm import Wanted, submit
 from fastgen.trainings import POLL_SECONDS
 
-SLURM_WORDS = ("--slurm_minutes", "--slurm_partition", "--slurm_cpus")
+SLURM_MINUTES, SLURM_MORE = "--slurm_minutes", "--slurm_more"
+SLURM_WORDS = (SLURM_MINUTES, "--slurm_partition", "--slurm_cpus", SLURM_MORE)
 OWN_WORDS = ("--grid", "--seeds", "--at_once", "--dir", *SLURM_WORDS)
 # Without a value.
 REPORT = "--report"
@@ -60,29 +62,34 @@ class TrainingsFailed(FastgenError):
 
 
 class Places:
-    """Where trainings run: GPUs, each for as many at a time, or shares of a CPU's cores.
+    """Where trainings run: GPUs, each for as many at a time, and shares of the cores.
 
     Args:
         device: that the recipe asks for.
         at_once: trainings at the same time; None: one on each GPU, or one on a CPU.
+        workers: data.workers of the recipe; None: a training's share of the cores.
+
+    Attributes:
+        words: for the command line of every training.
     """
 
-    def __init__(self, device: torch.device, at_once: int | None) -> None:
+    def __init__(self, device: torch.device, at_once: int | None, workers: int | None = None) -> None:
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = torch.cuda.device_count() if device.type == "cuda" else 0
         self._gpus = named.split(",")[:count] if named else [str(gpu) for gpu in range(count)]
         self.at_once = at_once or max(1, count)
+        self._cores = max(1, len(os.sched_getaffinity(0)) // self.at_once)
+        self.words = (f"--data.workers={self._cores}",) if self.at_once > 1 and workers is None else ()
         self._free = list(range(self.at_once))
         self._taken: dict[str, int] = {}
 
     def take(self, name: str) -> Mapping[str, str]:
         """A place for a training; gives what its process is told of it."""
         place = self._taken[name] = self._free.pop(0)
-        if self._gpus:
-            return {"CUDA_VISIBLE_DEVICES": self._gpus[place % len(self._gpus)]}
+        gpu = {"CUDA_VISIBLE_DEVICES": self._gpus[place % len(self._gpus)]} if self._gpus else {}
         if self.at_once == 1 or "OMP_NUM_THREADS" in os.environ:
-            return {}
-        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.at_once))}
+            return gpu
+        return {**gpu, "OMP_NUM_THREADS": str(self._cores)}
 
     def leave(self, name: str) -> None:
         """Its training has ended."""
@@ -93,12 +100,13 @@ class Others:
     """Processes of other commands that train what is to be trained here: they are waited for."""
 
     def __init__(self) -> None:
+        self._watch = Watch()
         self._told = set[str]()
 
     def hold(self, training: Training) -> bool:
-        """Whether one of this host holds a folder that a training needs; told once."""
+        """Whether one holds a folder that a training needs; told once."""
         for folder in training.folders:
-            holder = holder_here(folder)
+            holder = self._watch.holder(folder)
             if holder and training.name not in self._told:
                 self._told.add(training.name)
                 print(f"{training.name} waits for {holder}, which holds {folder}", flush=True)
@@ -129,9 +137,13 @@ def run_all(trainings: Sequence[Training], finished: Iterable[str], places: Plac
             for training in [one for one in waiting if one.needs <= there]:
                 if len(crew) < places.at_once and not others.hold(training):
                     waiting.remove(training)
-                    crew.start(training, places.take(training.name))
+                    crew.start(replace(training, words=training.words + places.words), places.take(training.name))
             for ended in crew.reap():
                 places.leave(ended.task.name)
+                if ended.code and not stop.requested and others.hold(ended.task):
+                    # Another command was first, between our look and the training's own.
+                    waiting.append(next(one for one in trainings if one.name == ended.task.name))
+                    continue
                 done += 1
                 if ended.code:
                     failed.append(f"{ended.task.name} {ended.how}")
@@ -163,11 +175,12 @@ def main(words: Sequence[str]) -> None:
     if {"--help", "-h"} & set(words):
         print(f"{_parser().format_help()}\n{help_text('python -m fastgen.sweep --grid section.key=value,value')}")
         return
-    own, rest = split_words([word for word in words if word != REPORT], OWN_WORDS, many=("--grid",))
+    own, rest = split_words([word for word in words if word != REPORT], OWN_WORDS, many=("--grid", SLURM_MORE))
     own += [REPORT] * (REPORT in words)
     options = _parser().parse_args(own)
+    _require_minutes(own)
     cells = cells_of(options.grid)
-    runs = runs_of(recipes_of([*rest, "--dist.processes=1"], cells, options.seeds), open_dataset)
+    runs = runs_of(recipes_of(rest, cells, options.seeds), open_dataset)
     nodes = Path(str(runs[0].recipe.run.nodes))
     folder = options.dir or _folder(nodes, rest, options.grid)
     trainings = trainings_of(
@@ -186,9 +199,10 @@ def main(words: Sequence[str]) -> None:
             _write_recipes(folder, runs, options.grid)
             there = {g.node for run in runs for g in run.plan if find_node(nodes, g.node) is not None}
             if options.slurm_minutes is not None:
-                _submit(trainings, there, folder, options, words)
+                _submit(trainings, there, folder, runs[0].recipe, options, words)
                 return
-            places = Places(choose_device(runs[0].recipe.run), options.at_once)
+            first = runs[0].recipe
+            places = Places(choose_device(first.run), options.at_once, first.data.workers)
             failed = run_all(trainings, there, places, stop)
             if stop.requested:
                 print(f"go on with: python -m fastgen.sweep {shlex.join(words)}", flush=True)
@@ -199,11 +213,23 @@ def main(words: Sequence[str]) -> None:
 
 
 def _submit(
-    trainings: Sequence[Training], there: Iterable[str], folder: Path, options: Any, words: Sequence[str]
+    trainings: Sequence[Training],
+    there: Iterable[str],
+    folder: Path,
+    recipe: Recipe,
+    options: Any,
+    words: Sequence[str],
 ) -> None:
-    wanted = Wanted(options.slurm_minutes, options.slurm_partition, cpus=options.slurm_cpus, at_once=options.at_once)
-    arrays = submit(trainings, there, folder, wanted)
-    _, rest = split_words(words, SLURM_WORDS)
+    wanted = Wanted(
+        minutes=options.slurm_minutes,
+        partition=options.slurm_partition,
+        gpus=0 if recipe.run.device == "cpu" else 1,
+        cpus=options.slurm_cpus or Wanted.cpus,
+        at_once=options.at_once,
+        more=tuple(options.slurm_more),
+    )
+    arrays = submit(trainings, there, folder, Path(str(recipe.run.nodes)), wanted)
+    _, rest = split_words(words, SLURM_WORDS, many=(SLURM_MORE,))
     print(
         f"submitted {len(trainings)} trainings as Slurm arrays {', '.join(arrays)}, logs in {folder / 'slurm'}; what "
         f"has come of them: python -m fastgen.sweep {shlex.join(rest)} --report"
@@ -213,7 +239,7 @@ def _submit(
 def _folder(nodes: Path, words: Sequence[str], axes: Sequence[Axis]) -> Path:
     """Where a sweep is kept unless it is told: beside its generations. Other seeds are the same sweep."""
     line = parse_words(words)
-    what = [sorted(line.overrides.items()), line.cfg.read_text(), _grid(axes)]
+    what: list[Any] = [sorted(line.overrides.items()), line.cfg.read_text(), _grid(axes)]
     return nodes.parent / f"sweep-{line.cfg.stem}-{hash_of(what)[:8]}"
 
 
@@ -224,8 +250,16 @@ def _require_one_grid(folder: Path, axes: Sequence[Axis]) -> None:
         raise UserError(f"{folder}: holds a sweep of another grid: name another folder with --dir")
 
 
-def _grid(axes: Sequence[Axis]) -> dict[str, list[str]]:
-    return {axis.key: list(axis.values) for axis in axes}
+def _grid(axes: Sequence[Axis]) -> list[list[str]]:
+    """A list, as the order of axes numbers the cells."""
+    return [[axis.key, *axis.values] for axis in axes]
+
+
+def _require_minutes(own: Sequence[str]) -> None:
+    given = {word.partition("=")[0] for word in own}
+    alone = sorted(given & {*SLURM_WORDS} - {SLURM_MINUTES})
+    if alone and SLURM_MINUTES not in given:
+        raise UserError(f"{alone[0]} has no say without {SLURM_MINUTES}, which submits the sweep to Slurm: give both")
 
 
 def _announce(runs: Sequence[Run], trainings: Sequence[Training], folder: Path) -> None:
@@ -260,12 +294,21 @@ def _name(words: Sequence[str]) -> str:
 
 def _seeds(text: str) -> list[int]:
     """How many, from 0 on; or a list of them."""
-    words = text.split(",")
+    words = text.removesuffix(",").split(",")
     if all(word.isascii() and word.isdigit() for word in words):
         seeds = [int(word) for word in words] if "," in text else list(range(int(text)))
         if seeds and len({*seeds}) == len(seeds):
             return seeds
-    raise argparse.ArgumentTypeError(f"'{text}' is neither a number of seeds, such as 3, nor a list such as 0,1,2")
+    raise argparse.ArgumentTypeError(
+        f"'{text}' is neither a number of seeds, such as 3, nor a list such as 0,1,2 or 7,"
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"'{text}' is no option of sbatch with its value, such as account=NAME")
+    return name, value
 
 
 def _axis(text: str) -> Axis:
@@ -283,11 +326,13 @@ def _parser() -> Arguments:
     )  # fmt: skip
     parser.add_argument("--seeds", type=_seeds, default=[0], help="how many, from 0 on, or a list as 3,5; default 1")
     parser.add_argument("--at_once", type=at_least_one, help="processes at a time; default one a GPU, 1 on a CPU")
-    parser.add_argument(
-        "--slurm_minutes", type=at_least_one, help="submit Slurm arrays with this time limit a training"
-    )
+    parser.add_argument(SLURM_MINUTES, type=at_least_one, help="submit Slurm arrays with this time limit a training")
     parser.add_argument("--slurm_partition", default="", help="of the cluster; default its own")
-    parser.add_argument("--slurm_cpus", type=at_least_one, default=8, help="cores of each training")
+    parser.add_argument("--slurm_cpus", type=at_least_one, help=f"cores of each training; default {Wanted.cpus}")
+    parser.add_argument(
+        SLURM_MORE, type=_pair, action="append", default=[],
+        help="another option of sbatch, as account=NAME; may be given several times",
+    )  # fmt: skip
     parser.add_argument(REPORT, action="store_true", help="train nothing, only tell what has come of it so far")
     parser.add_argument("--dir", type=Path, help="folder of the sweep; default runs/sweep-<recipe>-<hash>")
     return parser

@@ -15,6 +15,7 @@ from rich.table import Table
 from fastgen.files import write_atomically
 from fastgen.grid import Cell, Run, run_folder
 from fastgen.nodes import read_json
+from fastgen.recipe import load_text
 from fastgen.tables import new_table, print_table
 
 MEASURES = {"top1_error": "top-1 error", "ensemble_top1_error": "ensemble's top-1 error"}
@@ -27,7 +28,7 @@ class Point:
     """Errors of one cell's generation over the seeds, in percent.
 
     Attributes:
-        values: by measure, one a seed.
+        values: by measure, one a seed; none of the ensemble where generations are missing from it.
     """
 
     cell: Cell
@@ -40,27 +41,25 @@ class Point:
         """How many are measured."""
         return len(self.values["top1_error"])
 
-    def mean(self, measure: str) -> float:
-        """Over the seeds."""
-        return statistics.mean(self.values[measure])
+    def mean(self, measure: str) -> float | None:
+        """Over the seeds; None: it is not known."""
+        return statistics.mean(self.values[measure]) if self.values[measure] else None
 
     def deviation(self, measure: str) -> float | None:
-        """Standard deviation over the seeds, n - 1 in the denominator; None: there is one."""
+        """Standard deviation over the seeds, n - 1 in the denominator; None: there are not two."""
         values = self.values[measure]
         return statistics.stdev(values) if len(values) > 1 else None
 
 
 def points_of(results: Sequence[tuple[Run, dict[str, Any]]]) -> list[Point]:
-    """A point for each generation of each cell that has been measured with every one of its seeds that is there."""
+    """A point for each generation of each cell that has been measured, with the seeds that are there."""
     found: dict[tuple[int, int], Point] = {}
     for run, content in results:
         for row in content["generations"]:
-            if any(row[measure] is None for measure in MEASURES):
-                continue
             key = run.cell.number, row["generation"]
             point = found.setdefault(key, Point(run.cell, row["generation"], row["role"], {m: [] for m in MEASURES}))
             for measure in MEASURES:
-                point.values[measure].append(row[measure])
+                point.values[measure] += [] if row[measure] is None else [row[measure]]
     return [found[key] for key in sorted(found)]
 
 
@@ -82,7 +81,9 @@ def report(folder: Path, name: str, runs: Sequence[Run]) -> None:
     counted = " and ".join(f"{count:,}" for count in sorted(images))
     title = f"{name}: errors in percent of {counted} held-out images, mean ± standard deviation (n - 1) of the seeds"
     print_table(table(title, points))
-    _tell_best(points)
+    _tell_best(points, len({run.cell.number for run in runs}))
+    if len(results) < len(runs):
+        print(f"{len(results)} of {len(runs)} runs are measured")
     write_atomically(folder / "sweep.csv", _csv(points).encode())
     draw(folder / "sweep.png", name, points)
     print(f"{folder / 'sweep.csv'}  {folder / 'sweep.png'}")
@@ -91,22 +92,22 @@ def report(folder: Path, name: str, runs: Sequence[Run]) -> None:
 def read_results(folder: Path, run: Run) -> dict[str, Any] | None:
     """Content of a run's results.json; None: it is not measured, or what is there is not of this very run.
 
-    Another grid, or other data, may have had the same folder.
+    Another grid, other data, or another way to evaluate may have had the same folder.
     """
-    path = run_folder(folder, run) / "results.json"
-    content: dict[str, Any] | None = read_json(path) if path.exists() else None
-    if content is None:
+    place = run_folder(folder, run)
+    if not (place / "results.json").exists():
         return None
+    content: dict[str, Any] = read_json(place / "results.json")
     nodes = [row["node"] for row in content["generations"]]
-    return content if nodes == [generation.node for generation in run.plan][: len(nodes)] else None
+    recipe = load_text((place / "recipe.yaml").read_text(), str(place / "recipe.yaml"))
+    same = recipe.identity() == run.recipe.identity()
+    return content if same and nodes == [generation.node for generation in run.plan][: len(nodes)] else None
 
 
 def is_measured(folder: Path, run: Run) -> bool:
-    """Whether all generations of a run have all their errors."""
+    """Whether all generations of a run have their errors."""
     content = read_results(folder, run)
-    if content is None or len(content["generations"]) < len(run.plan):
-        return False
-    return all(row[measure] is not None for row in content["generations"] for measure in MEASURES)
+    return content is not None and len(content["generations"]) == len(run.plan)
 
 
 def chosen(points: Sequence[Point]) -> Point:
@@ -116,33 +117,37 @@ def chosen(points: Sequence[Point]) -> Point:
     """
     last = [point for point in points if point.generation == max(point.generation for point in points)]
     most = max(point.seeds for point in last)
-    return min((point for point in last if point.seeds == most), key=lambda point: point.mean("top1_error"))
+    return min((point for point in last if point.seeds == most), key=_error)
 
 
-def _tell_best(points: Sequence[Point]) -> None:
+def _error(point: Point) -> float:
+    return statistics.mean(point.values["top1_error"])
+
+
+def _tell_best(points: Sequence[Point], cells: int) -> None:
     best = chosen(points)
     seeds = "1 seed" if best.seeds == 1 else f"{best.seeds} seeds"
-    lacking = sum(point.generation == best.generation and point.seeds < best.seeds for point in points)
+    compared = sum(point.generation == best.generation and point.seeds == best.seeds for point in points)
+    rest = f"; cells that lack generations or seeds, not compared: {cells - compared}" if compared < cells else ""
     print(
         f"lowest {MEASURES['top1_error']} in generation {best.generation}: {best.cell.name}, "
-        f"{_text(best, 'top1_error')} ({seeds})"
-        + (f"; cells with fewer seeds, not compared: {lacking}" if lacking else "")
+        f"{_text(best, 'top1_error')} ({seeds}){rest}"
     )
 
 
 def table(title: str, points: Sequence[Point]) -> Table:
     """A row a cell and generation."""
     shown = new_table(title, ("cell", "generation", "seeds", *MEASURES.values()), ("cell", "generation"), wrap=True)
-    for point in points:
+    for number, point in enumerate(points):
         errors = (_text(point, measure) for measure in MEASURES)
-        name = point.cell.name if point.generation == 0 else ""
+        name = "" if shown.rows and points[number - 1].cell is point.cell else point.cell.name
         shown.add_row(name, f"{point.generation} {point.role}", str(point.seeds), *errors)
     return shown
 
 
 def _text(point: Point, measure: str) -> str:
-    deviation = point.deviation(measure)
-    return f"{point.mean(measure):.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+    mean, deviation = point.mean(measure), point.deviation(measure)
+    return "-" if mean is None else f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
 def _csv(points: Sequence[Point]) -> str:
@@ -158,32 +163,46 @@ def _row(point: Point) -> dict[str, Any]:
     row: dict[str, Any] = {**point.cell.values, "generation": point.generation, "role": point.role}
     row["seeds"] = point.seeds
     for measure in MEASURES:
-        deviation = point.deviation(measure)
-        row[f"{measure}_mean"] = round(point.mean(measure), 4)
+        mean, deviation = point.mean(measure), point.deviation(measure)
+        row[f"{measure}_mean"] = None if mean is None else round(mean, 4)
         row[f"{measure}_deviation"] = None if deviation is None else round(deviation, 4)
+        row[f"{measure}_values"] = " ".join(f"{value:.4f}" for value in point.values[measure])
     return row
 
 
 def draw(path: Path, name: str, points: Sequence[Point]) -> None:
-    """Errors over the generations, a line a cell, as arXiv 1805.05551's Figure 2 has them; bars are deviations."""
+    """Errors over the generations, a line a cell, as arXiv 1805.05551's Figure 2 has them; bars are deviations.
+
+    Of many cells those with the lowest errors in their last generations.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(MEASURES), sharey=True)
-    cells = {point.cell.number: point.cell for point in points}
+    lines = _lines(points)
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
-        for number, cell in list(cells.items())[:MOST_LINES]:
-            own = [point for point in points if point.cell.number == number]
+        for line in lines[:MOST_LINES]:
+            own = [point for point in line if point.values[measure]]
             bars = [point.deviation(measure) or 0.0 for point in own]
             generations, means = [point.generation for point in own], [point.mean(measure) for point in own]
-            axis.errorbar(generations, means, bars, label=cell.name, marker="o", capsize=3)
+            axis.errorbar(generations, means, bars, label=line[0].cell.name, marker="o", capsize=3)
         axis.set(title=title, xlabel="generation", ylabel="percent")
         axis.set_xticks(sorted({point.generation for point in points}))
         axis.grid(alpha=0.3)
     axes[-1].legend(fontsize="small")
-    figure.suptitle(f"{name}: held-out images")
+    best = f", the best {MOST_LINES} of {len(lines)} cells" if len(lines) > MOST_LINES else ""
+    figure.suptitle(f"{name}: held-out images{best}")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_atomically(path, buffer.getvalue())
+
+
+def _lines(points: Sequence[Point]) -> list[list[Point]]:
+    """Points of each cell; of more than can be drawn, the best cells first."""
+    cells: dict[int, list[Point]] = {}
+    for point in points:
+        cells.setdefault(point.cell.number, []).append(point)
+    lines = list(cells.values())
+    return lines if len(lines) <= MOST_LINES else sorted(lines, key=lambda line: _error(line[-1]))

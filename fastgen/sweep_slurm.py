@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,12 @@ from typing import Any
 
 from fastgen.errors import MachineError, UserError
 from fastgen.grid import Training
+from fastgen.nodes import find_node
+from fastgen.stop import SIGNALS
 from fastgen.trainings import GRACE_SECONDS, POLL_SECONDS, training_command
+
+# A training may need the time limit many times over; submitit's own number is 3.
+MAX_TIMEOUTS = 1000
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Wanted:
         partition: empty: the cluster's default.
         gpus, cpus: of each training.
         at_once: trainings of an array that run at the same time; None: as many as Slurm lets.
+        more: options of sbatch, each with its value.
     """
 
     minutes: int
@@ -32,6 +39,7 @@ class Wanted:
     gpus: int = 1
     cpus: int = 8
     at_once: int | None = None
+    more: tuple[tuple[str, str], ...] = ()
 
 
 class Job:
@@ -44,22 +52,34 @@ class Job:
     def __init__(self) -> None:
         self._training: subprocess.Popen[bytes] | None = None
 
-    def __call__(self, name: str, words: Sequence[str]) -> None:
+    def __call__(self, name: str, words: Sequence[str], needs: Sequence[str], nodes: str) -> None:
         """Trains.
 
+        Args:
+            name: of the training.
+            words: of `fastgen.train`.
+            needs: generations that must be trained before; an array waits for the end of another, not for its success.
+            nodes: folder of trained generations.
+
         Raises:
-            MachineError: it failed; its own lines, in the task's log, say why.
+            MachineError: it failed; its own lines, in the task's log, say why. Or what it needs is not there.
         """
+        lacking = [node for node in needs if find_node(Path(nodes), node) is None]
+        if lacking:
+            raise MachineError(f"{name} was not begun: generation {lacking[0]}, which it needs, is not in {nodes}")
         self._training = subprocess.Popen(training_command(words))
         code = self._training.wait()
+        if code - 128 in SIGNALS:
+            # Slurm tells all processes of a task of its end; submitit heeds another signal, which may come later.
+            time.sleep(GRACE_SECONDS)
         if code:
             raise MachineError(f"{name} ended with exit code {code}")
 
-    def checkpoint(self, name: str, words: Sequence[str]) -> Any:
+    def checkpoint(self, name: str, words: Sequence[str], needs: Sequence[str], nodes: str) -> Any:
         """Asked by submitit, in a handler of Slurm's signal, before it puts a task back into the queue."""
         if self._training is not None and self._training.returncode is None:
             _save_and_end(self._training.pid)
-        return _submitit().helpers.DelayedSubmission(Job(), name, words)
+        return _submitit().helpers.DelayedSubmission(Job(), name, words, needs, nodes)
 
 
 def _save_and_end(pid: int) -> None:
@@ -67,12 +87,14 @@ def _save_and_end(pid: int) -> None:
 
     By the system's calls: the handler of a signal may have interrupted `Popen.wait`, whose lock is held then.
     """
-    os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
-    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(POLL_SECONDS)
+    # `Popen.wait` may have seen its end, and been interrupted before it could say so.
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGTERM)
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
 
 
 def levels_of(trainings: Sequence[Training], there: Iterable[str]) -> list[list[Training]]:
@@ -89,7 +111,12 @@ def levels_of(trainings: Sequence[Training], there: Iterable[str]) -> list[list[
 
 
 def submit(
-    trainings: Sequence[Training], there: Iterable[str], folder: Path, wanted: Wanted, cluster: str = "slurm"
+    trainings: Sequence[Training],
+    there: Iterable[str],
+    folder: Path,
+    nodes: Path,
+    wanted: Wanted,
+    cluster: str = "slurm",
 ) -> list[str]:
     """Submits all arrays, each to begin when the one before has ended.
 
@@ -97,6 +124,7 @@ def submit(
         trainings: of the sweep.
         there: nodes that are trained already.
         folder: of the sweep, which all nodes see; logs go to its `slurm`.
+        nodes: folder of trained generations.
         wanted: of Slurm.
         cluster: submitit's name of the scheduler.
 
@@ -104,27 +132,38 @@ def submit(
         the arrays' job numbers.
 
     Raises:
-        UserError: submitit is not installed.
+        UserError: submitit is not installed, or Slurm refuses; what was submitted before that is named.
     """
-    submitit, arrays = _submitit(), list[str]()
+    arrays = list[str]()
     for number, level in enumerate(levels_of(trainings, there)):
-        executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster)
-        # Not afterok: one failure would hold back all that does not depend on it.
-        after = {"dependency": f"afterany:{arrays[-1]}"} if arrays else {}
-        executor.update_parameters(
-            name=f"fastgen-{number}",
-            timeout_min=wanted.minutes,
-            nodes=1,
-            tasks_per_node=1,
-            gpus_per_node=wanted.gpus,
-            cpus_per_task=wanted.cpus,
-            **({"slurm_partition": wanted.partition} if wanted.partition else {}),
-            **({"slurm_array_parallelism": wanted.at_once} if wanted.at_once else {}),
-            slurm_additional_parameters=after,
-        )
-        jobs = executor.map_array(Job(), [one.name for one in level], [list(one.words) for one in level])
+        try:
+            executor = _executor(f"fastgen-{number}", folder / "slurm", wanted, arrays[-1:], cluster)
+            columns = zip(*((one.name, list(one.words), sorted(one.needs), str(nodes)) for one in level), strict=True)
+            jobs = executor.map_array(Job(), *columns)
+        # What submitit raises where there is no Slurm, and where sbatch refuses.
+        except (RuntimeError, OSError) as error:
+            before = f" (submitted before that: {', '.join(arrays)}: cancel them with scancel)" if arrays else ""
+            raise UserError(f"Slurm takes no array: {error}{before}") from None
         arrays.append(str(jobs[0].job_id).partition("_")[0])
     return arrays
+
+
+def _executor(name: str, logs: Path, wanted: Wanted, after: Sequence[str], cluster: str) -> Any:
+    executor = _submitit().AutoExecutor(folder=logs, cluster=cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
+    # Not afterok: one failure would hold back all that does not depend on it.
+    waits = {"dependency": f"afterany:{after[-1]}"} if after else {}
+    executor.update_parameters(
+        name=name,
+        timeout_min=wanted.minutes,
+        nodes=1,
+        tasks_per_node=1,
+        gpus_per_node=wanted.gpus,
+        cpus_per_task=wanted.cpus,
+        **({"slurm_partition": wanted.partition} if wanted.partition else {}),
+        **({"slurm_array_parallelism": wanted.at_once} if wanted.at_once else {}),
+        slurm_additional_parameters={**dict(wanted.more), **waits},
+    )
+    return executor
 
 
 def _submitit() -> Any:

@@ -35,6 +35,7 @@ from fastgen.record import Recorder, RunFolder, open_run, run_dir
 from fastgen.results import Results
 from fastgen.shapes import part_shapes
 from fastgen.stop import StopRequest
+from fastgen.supply import store_kind
 from fastgen.tables import confidence_table, error_table, print_table
 from fastgen.trainer import train_generation
 from fastgen.workbench import Workbench
@@ -43,6 +44,9 @@ from fastgen.workbench import Workbench
 BEGAN = "FASTGEN_BEGAN_SECONDS"
 
 Plan = tuple[Generation, ...]
+
+# Of a teacher that was trained with teacher.labels=live.
+STORES_RENAME = " (students of a store are other generations than those of a live teacher: gen.teacher=RUN takes those)"
 
 
 def main(words: Sequence[str]) -> None:
@@ -76,6 +80,7 @@ def train(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> N
     if recipe.run.dry:
         if group.main:
             print(describe(plan))
+            _tell_stores(recipe, dataset, plan)
         return
     part_shapes(recipe, dataset, group.share)
     device = choose_device(recipe.run, group.local_rank if group.world > 1 else None)
@@ -224,6 +229,16 @@ def _require_kernels(recipe: Recipe, device: torch.device) -> None:
             require_runnable(device, f"train.{key}")
 
 
+def _tell_stores(recipe: Recipe, dataset: Dataset, plan: Plan) -> None:
+    """How large the label stores of a plan are."""
+    taught = [g for g in plan if g.train and g.teacher is not None]
+    if recipe.teacher.labels != "store" or not taught:
+        return
+    kind = store_kind(recipe, dataset, str(taught[0].teacher))
+    each = recipe.train.epochs * kind.epoch_bytes / 1e9
+    print(f"label stores: {len(taught)} of {each:.3g} GB each, {kind.truncation.how}; {recipe.run.nodes}/labels")
+
+
 def _require_teachers(recipe: Recipe, plan: Plan) -> None:
     """With gen.only the teacher must be there before anything is begun."""
     planned = {generation.node for generation in plan if generation.train}
@@ -234,7 +249,7 @@ def _require_teachers(recipe: Recipe, plan: Plan) -> None:
             raise UserError(
                 f"generation {generation.index} needs its teacher, generation {generation.index - 1} "
                 f"({generation.teacher}), which is not in {recipe.run.nodes}: train the recipe without gen.only first, "
-                "or name a teacher with gen.teacher"
+                "or name a teacher with gen.teacher" + (STORES_RENAME if recipe.teacher.labels == "store" else "")
             )
 
 

@@ -112,7 +112,7 @@ class Truncation:
         full_BC = logits_BC.double().log_softmax(1)
         other_BC = labels[LOG_P].double().log_softmax(1) if self.dense else self._spread(labels)
         # 0 ln 0 = 0
-        return torch.where(full_BC.exp() > 0, full_BC.exp() * (full_BC - other_BC), 0.0).sum(1)
+        return torch.where(full_BC.exp() == 0, 0.0, full_BC.exp() * (full_BC - other_BC)).sum(1)
 
     def _spread(self, labels: Labels) -> Tensor:
         """Log-probabilities (B, C), fp64, of what is kept, with the rest of the mass spread evenly."""

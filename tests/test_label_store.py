@@ -361,6 +361,44 @@ def test_who_may_not_write_does_not(split, loader, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_logits_that_are_no_numbers_are_not_kept(split, loader, tmp_path):
+    store, right = store_of(tmp_path), tiny_teacher()
+
+    def broken(images_NCHW):
+        return right(images_NCHW) * float("inf")
+
+    ahead = LookAhead(loader, broken, tiny_prepare(), 1, 10)
+    list(StoreLoader(loader, store, ahead, tiny_prepare(), CPU).batches(epoch_of(split), BATCH))
+    with pytest.raises(UserError, match="the teacher's logits are not finite"):
+        store.flush()
+    assert not part_paths(epoch_folder(store.folder, epoch_of(split).name))
+
+
+def test_what_a_kill_within_a_write_left_is_removed(split, loader, tmp_path):
+    store, views = filled(split, loader, tmp_path), epoch_of(split)
+    (part,) = part_paths(epoch_folder(store.folder, views.name))
+    rest = part.with_name(f".{part.name}.12.partial")
+    rest.touch()
+    store.clear(views.name.data_seed, views.name.generation)
+    assert (rest.exists(), part.exists()) == (False, True)
+
+
+def test_a_part_that_goes_between_listing_and_reading_is_told(tmp_path):
+    with pytest.raises(MachineError, match=r"gone.part: has gone while labels were read: start again"):
+        label_store.read_part(tmp_path / "gone.part")
+
+
+def test_other_stores_of_a_teacher_are_told_with_what_differs(tmp_path):
+    for other in ({"precision": "bf16"}, {"truncation": Truncation(10, 5, "fp16")}, {"teacher": "1" * 16}, {}):
+        LabelStore(tmp_path, kind_of(**other), writes=True).describe(tmp_path / "weights")
+    told = label_store.other_stores(tmp_path, kind_of())
+    folders = [tmp_path / kind_of(precision="bf16").key, tmp_path / kind_of(truncation=Truncation(10, 5, "fp16")).key]
+    ends = ["has precision = bf16, not fp32", "has truncation.kept = 5, not 3"]
+    assert sorted(told) == sorted(
+        f"{folder} is of the same teacher, but {end}" for folder, end in zip(folders, ends, strict=True)
+    )
+
+
 def test_labels_of_two_epochs_are_no_part(split, loader, tmp_path):
     store = store_of(tmp_path)
     list(taught(loader, store, CountingTeacher()).batches(epoch_of(split, 0), BATCH))

@@ -203,18 +203,30 @@ def test_other_folders_stay_free(tmp_path, hold):
     assert take(tmp_path / "other")
 
 
-def test_who_holds_a_folder_is_told_unless_another_host_must_be_watched_for_that(tmp_path, hold):
-    near, far = tmp_path / "near", tmp_path / "far"
-    near.mkdir()
-    far.mkdir()
-    assert locks.holder_here(tmp_path / "absent") == ""
-    assert locks.holder_here(near) == ""
-    assert not [*near.iterdir()]
-    holder, _ = hold(near), hold(far, "node7")
-    assert locks.holder_here(near) == f"process {holder.pid} on {os.uname().nodename}"
-    assert locks.holder_here(far) == ""
+def test_who_holds_a_folder_is_told(tmp_path, hold):
+    watch = locks.Watch()
+    assert watch.holder(tmp_path / "absent") == ""
+    assert watch.holder(tmp_path) == ""
+    assert not [*tmp_path.iterdir()]
+    holder = hold(tmp_path)
+    assert watch.holder(tmp_path) == f"process {holder.pid} on {os.uname().nodename}"
     holder.kill()
-    assert locks.holder_here(near) == ""
+    assert watch.holder(tmp_path) == ""
+
+
+def test_a_holder_on_another_host_is_told_for_as_long_as_it_signs(tmp_path, hold, monkeypatch):
+    monkeypatch.setattr(locks, "STALE_SECONDS", 0.3)
+    living, dead = tmp_path / "living", tmp_path / "dead"
+    living.mkdir()
+    dead.mkdir()
+    signing, silent, watch = hold(living, "node7", sign=0.05), hold(dead, "node8"), locks.Watch()
+    assert watch.holder(dead) == f"process {silent.pid} on node8"
+    wait_until(lambda: not watch.holder(dead))
+    monkeypatch.setattr(locks, "STALE_SECONDS", 1.5)
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        assert watch.holder(living) == f"process {signing.pid} on node7"
+        time.sleep(0.02)
 
 
 def test_who_looks_is_no_holder(tmp_path):

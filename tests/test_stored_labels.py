@@ -111,6 +111,62 @@ def test_stale_stores_can_be_removed_and_no_other(nodes, capsys):
     assert listed(nodes, capsys, "--remove=stale") == (0, "nothing is stale")
 
 
+def table_folder(nodes):
+    (path,) = nodes.glob("labels/*/logits.safetensors")
+    return path.parent
+
+
+def test_a_check_reads_tables_too(nodes, capsys):
+    path = table_folder(nodes) / "logits.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    code, told = listed(nodes, capsys, "--check")
+    assert code == 1
+    assert f"{path}: is damaged (the checksum of view" in told
+    path.write_bytes(bytes(content[: len(content) // 2]))
+    assert f"{path}: is damaged" in listed(nodes, capsys, "--check")[1]
+
+
+def test_a_table_is_stale_once_its_teacher_s_weights_are_gone_and_it_says_where_they_were(nodes, tmp_path, capsys):
+    folder = table_folder(nodes)
+    shutil.rmtree(nodes / HERE)
+    (tmp_path / f"{HERE}.safetensors").touch()
+    assert folder.name not in listed(nodes, capsys, "--remove=stale")[1]
+    (folder / "teacher.json").write_text(json.dumps({"weights": str(tmp_path / "file.safetensors")}))
+    (tmp_path / "file.safetensors").touch()
+    assert folder.name not in listed(nodes, capsys, "--remove=stale")[1]
+    (tmp_path / "file.safetensors").unlink()
+    assert f"removed {folder}" in listed(nodes, capsys, "--remove=stale")[1]
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", None])
+def test_a_description_that_is_damaged_hides_nothing_else(nodes, capsys, content):
+    path = store_path(nodes, HERE) / "store.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    code, told = listed(nodes, capsys)
+    assert code == 0
+    assert "store.json is damaged or missing" in told
+    assert told.count("2 epochs, 1 in part") == 1
+    code, told = listed(nodes, capsys, "--check")
+    assert code == 1
+    assert f"{path}: is damaged or missing" in told
+    assert listed(nodes, capsys, f"--remove={path.parent.name}")[0] == 0
+
+
+def test_what_is_in_use_does_not_keep_the_rest(nodes, tmp_path, split, capsys):
+    shutil.rmtree(nodes / HERE)
+    with locked(generation_folder(store_path(nodes, HERE), 3, 1), "this label store"):
+        code, told = listed(nodes, capsys, "--remove=stale")
+    assert code == 2
+    assert f"removed {store_path(nodes, GONE)}" in told
+    assert "in use by process" in told
+    assert store_path(nodes, HERE).exists()
+
+
 def test_labels_of_a_teacher_that_is_a_file_are_not_stale(nodes, tmp_path, capsys):
     """Nor those of a node of another store."""
     (tmp_path / f"{GONE}.safetensors").touch()

@@ -22,11 +22,12 @@ import pytest
 import torch
 import yaml
 
-from fastgen import crew, grid, sweep, sweep_report, sweep_slurm
+from fastgen import crew, grid, sweep, sweep_report, sweep_slurm, train
 from fastgen.data import open_dataset
 from fastgen.errors import MachineError, Stopped, UserError, command
 from fastgen.grid import Axis, Cell, Training, cells_of, parse_axis, recipes_of, runs_of, trainings_of
 from fastgen.locks import locked
+from fastgen.recipe import dump
 from fastgen.stop import StopRequest
 from fastgen.sweep import Places, run_all
 
@@ -86,7 +87,7 @@ def test_cells_are_all_points():
 @pytest.mark.parametrize(
     ("more", "axes", "told"),
     [
-        (["--gen.only=1"], [WEIGHTS], "the sweep gives each run its own"),
+        (["--gen.only=1"], [WEIGHTS], "give gen.only and gen.teacher both"),
         (["--run.seed=1"], [WEIGHTS], "the sweep gives each run its own"),
         (["--gen.teacher_weight=0.5"], [WEIGHTS], "the sweep gives each run its own"),
         ([], [Axis("gen.teacher_weigth", ("0.5",))], "teacher_weight"),
@@ -151,8 +152,13 @@ place = os.environ.get("CUDA_VISIBLE_DEVICES", "-")
 with open("log", "a") as log: log.write(f"+{sys.argv[1]}@{place}\\n")
 time.sleep(float(sys.argv[2]))
 with open("log", "a") as log: log.write(f"-{sys.argv[1]}@{place}\\n")
+if int(sys.argv[3]) == 75:
+    busy = os.path.exists("busy") and not os.remove("busy")
+    sys.exit(2 if busy else 0)
 sys.exit(int(sys.argv[3]))
 """
+# Ends with 2 where there is a file `busy`, which it removes.
+BUSY = 75
 
 
 @dataclass
@@ -221,6 +227,35 @@ def test_what_another_process_trains_is_waited_for_while_the_rest_goes_on(run_sc
     assert names(lines, "-") == ["free", "last", "held"]
     told = f"held waits for process {os.getpid()} on {os.uname().nodename}, which holds {held}\n"
     assert capsys.readouterr().out.count(told) == 1
+
+
+def test_a_training_that_another_command_was_first_to_begin_is_tried_again(run_scripts, tmp_path, monkeypatch):
+    held, right = tmp_path / "held", Places.take
+    held.mkdir()
+    with ExitStack() as holder:
+
+        def take(self, name):
+            if name == "pair":
+                # After the look, and before the training's own.
+                holder.enter_context(locked(held, "this generation"))
+                monkeypatch.setattr(Places, "take", right)
+                threading.Timer(1.0, holder.close).start()
+            return right(self, name)
+
+        monkeypatch.setattr(Places, "take", take)
+        (tmp_path / "busy").touch()
+        failed, lines = run_scripts([Script("pair", frozenset(), 0.1, folders=(held,), code=BUSY)], Places(CPU, 1))
+    assert failed == []
+    assert names(lines, "+") == ["pair", "pair"]
+
+
+@pytest.mark.parametrize(("at_once", "workers"), [(1, None), (2, 3), (2, None)])
+def test_trainings_side_by_side_share_the_cores(at_once, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    places = Places(CPU, at_once, workers)
+    assert places.words == (("--data.workers=4",) if (at_once, workers) == (2, None) else ())
+    assert places.take("first") == ({} if at_once == 1 else {"OMP_NUM_THREADS": "4"})
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -369,6 +404,39 @@ def test_a_dry_sweep_tells_what_it_would_do_and_leaves_nothing(recipe, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == [recipe.name]
 
 
+def test_one_generation_is_swept_under_one_teacher(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command(train.main, [*words_of(recipe), "--gen.generations=0", "--run.dir=runs/first"]) == 0
+    words = [*words_of(recipe), "--grid=gen.teacher_weight=0.3,0.7", "--dir=swept"]
+    alone = [*words, "--gen.only=1"]
+    assert command(sweep.main, alone) == 2
+    assert "give gen.only and gen.teacher both" in capsys.readouterr().err
+    assert command(sweep.main, [*alone, "--gen.teacher=runs/first/generation_0"]) == 0
+    out = capsys.readouterr().out
+    assert "2 cells x 1 seeds = 2 runs of 2 generations: 2 to be trained as 0 are shared, 0 of them are there" in out
+    assert "lowest top-1 error in generation 1: teacher_weight=0." in out
+    with (tmp_path / "swept" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["generation"], row["ensemble_top1_error_mean"]) for row in rows] == [("1", ""), ("1", "")]
+    assert all(float(row["top1_error_mean"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("--dist.processes=1", "each training of a sweep is one process"),
+        ("--run.stop_after_minutes=3", "a sweep has no end of its time"),
+    ],
+)
+def test_what_has_no_sense_in_a_sweep_is_told(recipe, capsys, word, told):
+    assert command(sweep.main, [*words_of(recipe), "--grid=gen.teacher_weight=0.3,0.7", word]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_seeds_are_a_number_or_a_list():
+    assert [sweep._seeds(text) for text in ("2", "5,", "4,1")] == [[0, 1], [5], [4, 1]]
+
+
 def test_help_names_its_own_words_and_the_recipe_s(capsys):
     assert command(sweep.main, ["--help"]) == 0
     out = capsys.readouterr().out
@@ -385,45 +453,42 @@ def test_a_second_sweep_on_one_folder_is_refused(recipe, tmp_path, monkeypatch, 
     assert f"{folder}: this sweep is in use by process {os.getpid()}" in capsys.readouterr().err
 
 
-def test_a_folder_of_another_grid_is_refused(recipe, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "grid_there",
+    [[["gen.k", "2", "4"], ["train.lr", "1", "2"]], [["train.lr", "1", "2"], ["gen.k", "2", "3"]]],
+)
+def test_a_folder_of_another_grid_is_refused(recipe, tmp_path, monkeypatch, capsys, grid_there):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "swept").mkdir()
-    (tmp_path / "swept" / "sweep.json").write_text(json.dumps({"grid": {"gen.k": ["2", "4"]}}))
-    assert command(sweep.main, [*words_of(recipe), "--grid=gen.k=2,3", "--dir=swept"]) == 2
+    (tmp_path / "swept" / "sweep.json").write_text(json.dumps({"grid": grid_there}))
+    assert command(sweep.main, [*words_of(recipe), "--grid=gen.k=2,3", "--grid=train.lr=1,2", "--dir=swept"]) == 2
     assert "holds a sweep of another grid: name another folder with --dir" in capsys.readouterr().err
 
 
 def test_results_of_another_run_in_its_folder_are_left_out(recipe, tmp_path, capsys):
     found = runs(recipe, [WEIGHTS])
-    for run, nodes in zip(found, ([g.node for g in found[0].plan], ["0123", "4567"]), strict=True):
-        rows = [
-            {"generation": number, "role": "student", "node": node, "samples_evaluated": 300,
-             "top1_error": 7.0, "ensemble_top1_error": 6.0}
-            for number, node in enumerate(nodes)
-        ]  # fmt: skip
-        folder = grid.run_folder(tmp_path, run)
-        folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps({"generations": rows}))
+    write_results(tmp_path, found[0], [7.0, 7.0])
+    write_results(tmp_path, found[1], [7.0, 7.0], nodes=["0123", "4567"])
     sweep_report.report(tmp_path, "name", found)
     with (tmp_path / "sweep.csv").open() as file:
         assert {row["gen.teacher_weight"] for row in csv.DictReader(file)} == {"0.3"}
 
 
-def write_results(folder, run, errors):
+def write_results(folder, run, errors, nodes=None, recipe=None):
     """Results of a run's first generations."""
+    named = nodes or [generation.node for generation in run.plan]
     rows = [
-        {"generation": number, "role": "student", "node": generation.node, "samples_evaluated": 300,
+        {"generation": number, "role": "student", "node": node, "samples_evaluated": 300,
          "top1_error": error, "ensemble_top1_error": error}
-        for number, (generation, error) in enumerate(zip(run.plan, errors, strict=False))
+        for number, (node, error) in enumerate(zip(named, errors, strict=False))
     ]  # fmt: skip
     place = grid.run_folder(folder, run)
     place.mkdir(parents=True, exist_ok=True)
+    (place / "recipe.yaml").write_text(dump(recipe or run.recipe))
     (place / "results.json").write_text(json.dumps({"generations": rows}))
 
 
-@pytest.mark.parametrize(
-    ("errors", "measured"), [(None, False), ([7.0], False), ([7.0, None], False), ([7.0, 6.0], True)]
-)
+@pytest.mark.parametrize(("errors", "measured"), [(None, False), ([7.0], False), ([7.0, 6.0], True)])
 def test_what_is_measured_is_not_measured_again(recipe, tmp_path, errors, measured):
     (run, *_) = runs(recipe, [WEIGHTS])
     if errors is not None:
@@ -431,13 +496,23 @@ def test_what_is_measured_is_not_measured_again(recipe, tmp_path, errors, measur
     assert sweep_report.is_measured(tmp_path, run) == measured
 
 
+def test_what_was_measured_on_other_images_is_measured_again(recipe, tmp_path):
+    """No node tells how it was evaluated; the recipe does."""
+    (run, *_), (other, *_) = runs(recipe, [WEIGHTS]), runs(recipe, [WEIGHTS], (0,), "--data.val_limit=100")
+    assert [g.node for g in run.plan] == [g.node for g in other.plan]
+    write_results(tmp_path, run, [7.0, 6.0], recipe=other.recipe)
+    assert not sweep_report.is_measured(tmp_path, run)
+    write_results(tmp_path, run, [7.0, 6.0])
+    assert sweep_report.is_measured(tmp_path, run)
+
+
 def test_cells_that_lack_seeds_are_not_compared_with_the_others(recipe, tmp_path, capsys):
     for run in runs(recipe, [WEIGHTS], (0, 1)):
         if (run.cell.number, run.seed) != (1, 1):
             write_results(tmp_path, run, [50.0, 40.0 - run.cell.number])
     sweep_report.report(tmp_path, "name", runs(recipe, [WEIGHTS], (0, 1)))
-    told = "generation 1: teacher_weight=0.3, 40.00 ± 0.00 (2 seeds); cells with fewer seeds, not compared: 1\n"
-    assert told in capsys.readouterr().out
+    told = "teacher_weight=0.3, 40.00 ± 0.00 (2 seeds); cells that lack generations or seeds, not compared: 1"
+    assert f"generation 1: {told}\n3 of 4 runs are measured\n" in capsys.readouterr().out
 
 
 def test_recipes_of_a_sweep_are_whole(recipe, tmp_path):
@@ -456,15 +531,18 @@ class FakeExecutor:
     """Takes down what it is asked for."""
 
     submitted: ClassVar[list] = []
+    most: ClassVar[int] = 99
 
-    def __init__(self, folder, cluster):
-        self.asked = {"folder": folder, "cluster": cluster}
+    def __init__(self, folder, cluster, slurm_max_num_timeout):
+        self.asked = {"folder": folder, "cluster": cluster, "timeouts": slurm_max_num_timeout}
 
     def update_parameters(self, **parameters):
         self.asked |= parameters
 
-    def map_array(self, call, names, words):
-        self.submitted.append((self.asked, names, words))
+    def map_array(self, call, names, words, needs, nodes):
+        if len(self.submitted) == self.most:
+            raise RuntimeError("sbatch: error: invalid account")
+        self.submitted.append((self.asked, names, words, needs, {*nodes}))
         number = 100 + len(self.submitted)
         return [SimpleNamespace(job_id=f"{number}_{task}") for task, _ in enumerate(names)]
 
@@ -480,24 +558,52 @@ def submitit(monkeypatch):
 def test_a_sweep_over_nodes_is_an_array_for_each_generation(recipe, tmp_path, monkeypatch, capsys, submitit):
     monkeypatch.chdir(tmp_path)
     words = [*words_of(recipe), "--grid=gen.teacher_weight=0.3,0.7", "--seeds=2", "--dir=swept"]
-    more = ["--slurm_minutes=90", "--slurm_partition=gpu", "--at_once=4"]
-    assert command(sweep.main, [*words, *more]) == 0
-    (first, names, _), (second, students, orders) = submitit.submitted
+    more = ["--slurm_minutes=90", "--slurm_partition=gpu", "--at_once=4", "--slurm_more=account=us"]
+    assert command(sweep.main, [*words, *more, "--slurm_more", "qos=low", "--run.device=auto"]) == 0
+    (first, names, _, nothing, _), (second, students, orders, needs, nodes) = submitit.submitted
+    assert [*nothing] == [[], []]
+    assert nodes == {"runs/nodes"}
+    assert all(len(of) == 1 for of in needs)
     assert (len(names), len(students)) == (2, 4)
-    assert first["slurm_additional_parameters"] == {}
-    assert second["slurm_additional_parameters"] == {"dependency": "afterany:101"}
+    own = {"account": "us", "qos": "low"}
+    assert first["slurm_additional_parameters"] == own
+    assert second["slurm_additional_parameters"] == {**own, "dependency": "afterany:101"}
     for asked in (first, second):
         assert (asked["timeout_min"], asked["slurm_partition"], asked["gpus_per_node"]) == (90, "gpu", 1)
         assert (asked["cluster"], asked["slurm_array_parallelism"]) == ("slurm", 4)
+        assert asked["timeouts"] > 100
     # Recipes that the tasks read are there, and no training was begun.
     assert all(os.path.exists(order[1]) for order in orders)
     assert not list(tmp_path.glob("**/node.json"))
     out = capsys.readouterr().out
     assert "submitted 6 trainings as Slurm arrays 101, 102" in out
-    assert "--slurm_minutes" not in out.partition("has come of them:")[2]
+    assert "--slurm" not in out.partition("has come of them:")[2]
     assert out.rstrip().endswith("--report")
     assert command(sweep.main, [*words, "--report"]) == 0
     assert "nothing is measured yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("most", "told"),
+    [(0, "Slurm takes no array: sbatch: error: invalid account\n"), (1, "(submitted before that: 101: cancel them")],
+)
+def test_what_slurm_refuses_is_one_line(recipe, tmp_path, monkeypatch, capsys, submitit, most, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submitit, "most", most)
+    words = [*words_of(recipe), "--grid=gen.teacher_weight=0.3,0.7", "--run.device=cpu", "--slurm_minutes=9"]
+    assert command(sweep.main, words) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.count("\n") == 1
+    assert [asked["gpus_per_node"] for asked, *_ in submitit.submitted] == [0] * most
+
+
+@pytest.mark.parametrize("word", ["--slurm_partition=gpu", "--slurm_more=account=us", "--slurm_cpus=4"])
+def test_words_for_slurm_alone_are_refused(recipe, tmp_path, monkeypatch, capsys, word):
+    monkeypatch.chdir(tmp_path)
+    assert command(sweep.main, [*words_of(recipe), "--grid=gen.teacher_weight=0.3,0.7", word]) == 2
+    assert "has no say without --slurm_minutes" in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/sweep*"))
 
 
 def test_levels_hold_what_the_ones_before_make():
@@ -516,17 +622,27 @@ def test_a_task_of_an_array_trains_and_fails_loudly(monkeypatch, tmp_path, submi
     words = ["first", "0", "0"]
     monkeypatch.setattr(sweep_slurm, "training_command", lambda words: [sys.executable, "-c", LOG, *words])
     job = sweep_slurm.Job()
-    job("first", words)
+    job("first", words, [], "nodes")
     assert names((tmp_path / "log").read_text().split(), "-") == ["first"]
     with pytest.raises(MachineError, match="second ended with exit code 3"):
-        job("second", ["second", "0", "3"])
+        job("second", ["second", "0", "3"], [], "nodes")
     # Back into the queue with the same words, by one that can be pickled.
-    again, *arguments = job.checkpoint("first", words)
-    assert arguments == ["first", words]
+    again, *arguments = job.checkpoint("first", words, ["a"], "nodes")
+    assert arguments == ["first", words, ["a"], "nodes"]
     assert pickle.loads(pickle.dumps(again))._training is None
 
 
-def test_a_task_that_slurm_ends_has_its_training_save_first(monkeypatch, tmp_path, submitit):
+def test_a_task_whose_teacher_has_failed_trains_nothing(monkeypatch, tmp_path, submitit):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep_slurm, "training_command", lambda words: [sys.executable, "-c", LOG, *words])
+    with pytest.raises(MachineError, match="second was not begun: generation abcd, which it needs, is not in nodes"):
+        sweep_slurm.Job()("second", ["second", "0", "0"], ["abcd"], "nodes")
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("to_training", [False, True])
+def test_a_task_that_slurm_ends_has_its_training_save_first(monkeypatch, tmp_path, submitit, to_training):
+    """Slurm may tell the training first, which then has ended when submitit's own signal comes."""
     monkeypatch.chdir(tmp_path)
     saves = (
         "import signal, sys, time\n"
@@ -537,7 +653,7 @@ def test_a_task_that_slurm_ends_has_its_training_save_first(monkeypatch, tmp_pat
     job, told = sweep_slurm.Job(), []
 
     def preempted(number, frame):
-        told.append(job.checkpoint("first", []))
+        told.append(job.checkpoint("first", [], [], "nodes"))
         sys.exit(0)
 
     before = signal.signal(signal.SIGUSR2, preempted)
@@ -546,12 +662,16 @@ def test_a_task_that_slurm_ends_has_its_training_save_first(monkeypatch, tmp_pat
     def preempt():
         while not (tmp_path / "begun").exists():
             time.sleep(0.01)
+        if to_training:
+            job._training.terminate()
+            while job._training.returncode is None:
+                time.sleep(0.01)
         signal.pthread_kill(main, signal.SIGUSR2)
 
     threading.Thread(target=preempt, daemon=True).start()
     try:
         with pytest.raises(SystemExit):
-            job("first", [])
+            job("first", [], [], "nodes")
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert job._training.wait(10) == 143
