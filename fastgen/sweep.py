@@ -198,7 +198,7 @@ def main(words: Sequence[str]) -> None:
         with locked(folder, "this sweep", check=stop.check):
             _write_recipes(folder, runs, options.grid)
             there = {g.node for run in runs for g in run.plan if find_node(nodes, g.node) is not None}
-            if options.slurm_minutes is not None:
+            if options.slurm_minutes is not None and trainings:
                 _submit(trainings, there, folder, runs[0].recipe, options, words)
                 return
             first = runs[0].recipe

@@ -156,7 +156,7 @@ def test_any_later_student_of_the_same_views_takes_them(tmp_path, no_teacher, ch
 
 
 @pytest.mark.parametrize("change", ["data.seed=5", "data.train_limit=150", "data.augment=none", "train.precision=bf16"])
-def test_other_views_or_pixels_are_asked_for_anew(tmp_path, change):
+def test_other_views_or_pixels_are_asked_for_anew(tmp_path, capsys, change):
     first = run(tmp_path, "first", STORE, "--data.seed=0")
     teacher = (first / "generation_0").resolve().name
     words = [STORE, "--data.seed=0", "--gen.only=1", f"--gen.teacher={teacher}"]
@@ -164,6 +164,26 @@ def test_other_views_or_pixels_are_asked_for_anew(tmp_path, change):
     words = [word for word in words if not word.startswith(f"--{key}=")]
     other = run(tmp_path, "other", *words, f"--{change}")
     assert "filled by folded" in training_of(other)["path"]["teacher"]
+    # A data seed is no part of a store's name.
+    differs = {
+        "data.train_limit": "images = ",
+        "data.augment": "crop.",
+        "train.precision": "precision = fp32, not bf16",
+    }
+    told = " ".join(capsys.readouterr().out.split())
+    assert ("is of the same teacher, but has" in told) == (key in differs)
+    assert differs.get(key, "") in told
+
+
+def test_a_dry_run_tells_how_large_stores_will_be(tmp_path, capsys):
+    run(tmp_path, "dry", STORE, "--run.dry=true", "--gen.generations=3", "--train.epochs=100")
+    # 200 images x 100 epochs x (10 classes x 2 bytes + 4)
+    assert "label stores: 3 of 0.00048 GB each, all 10 classes in fp16" in capsys.readouterr().out
+
+
+def test_students_of_a_live_teacher_are_none_of_a_store(tmp_path, live):
+    with pytest.raises(UserError, match="students of a store are other generations than those of a live teacher"):
+        run(live.parent, "other", STORE, "--gen.generations=2", "--gen.only=2")
 
 
 def test_longer_trainings_ask_for_the_epochs_that_are_not_there(tmp_path):
