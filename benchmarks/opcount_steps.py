@@ -34,7 +34,7 @@ from fastgen.plan import Objective
 from fastgen.step import DTYPES, Forward, make_forward, make_prepare, make_scaler
 from fastgen.supply import Supply
 from fastgen.teacher import Teacher, make_teacher
-from fastgen.truncation import Kept
+from fastgen.truncation import Lesson
 from fastgen.views import WHOLE, EpochViews, Share, training_views
 from fastgen.working_copy import WorkingCopy
 
@@ -266,7 +266,7 @@ def _marking(forward: Forward, counter: OperatorCounter) -> Forward:
         images_NCHW: Tensor,
         labels_B: Tensor,
         jitter_B4: Tensor | None = None,
-        lesson: Tensor | Kept | None = None,
+        lesson: Lesson | None = None,
         scale: Tensor | None = None,
     ) -> Graded:
         counter.phase = "forward"

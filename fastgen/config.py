@@ -19,6 +19,7 @@ from fastgen.laws import eta_for_confidence
 from fastgen.rules import check_recipe
 
 Numbers = float | tuple[float, ...]
+Counts = int | tuple[int, ...]
 
 
 def kept_classes(classes: int, wanted: int | None) -> int:
@@ -233,10 +234,36 @@ class GenSettings:
     """gen: the generations"""
 
     generations: int = setting(5, "students after the patriarch", decides=False)
-    patriarch: Literal["tolerant", "cross_entropy"] = setting("tolerant", "objective of generation 0")
+    patriarch: Literal["tolerant", "cross_entropy", "label_smoothing", "confidence_penalty", "soteacher"] = setting(
+        "tolerant",
+        "objective of generation 0; soteacher: cross-entropy with a Lipschitz and a consistency term",
+    )
     k: int = setting(5, "classes in the score difference of the tolerant patriarch")
     confidence: float = setting(
         0.6, "what the tolerant patriarch's first class shall get, in [1/k, 1]; 1 is plain cross-entropy"
+    )
+    k_mass: float | None = setting(
+        None,
+        "tolerant: each sample's k is as many classes as together have this probability, 2 at least and gen.k at most",
+        silent=True,
+    )
+    smoothing: float = setting(0.1, "label_smoothing: share of the labels that is spread evenly", silent=True)
+    entropy_weight: float = setting(0.1, "confidence_penalty: weight of the entropy", silent=True)
+    lipschitz_weight: float = setting(1e-5, "soteacher: weight of the Lipschitz term", silent=True)
+    consistency_weight: float = setting(
+        1.0, "soteacher: weight of the consistency term, at the end of a linear ramp", silent=True
+    )
+    consistency_dtype: Literal["fp32", "fp16"] = setting(
+        "fp32", "soteacher: of each image's mean prediction, which is kept on the device", silent=True
+    )
+    student_confidence: Numbers = setting(
+        1.0,
+        "a tolerant term in a student's share of the labels: what its first class shall get, as gen.confidence says it "
+        "of the patriarch; 1: none; a list gives one value a student",
+        silent=True,
+    )
+    student_k: Counts | None = setting(
+        None, "classes in it; default gen.k; a list gives one value a student", silent=True
     )
     teacher_weight: Numbers = setting(
         0.6, "share of the teacher in a student's objective, in [0, 1]; a list gives one value a student"
@@ -291,14 +318,25 @@ class Recipe:
 
     @property
     def eta(self) -> float:
-        """Weight of the score difference in the patriarch's objective; 0 is plain cross-entropy."""
-        if self.gen.patriarch == "cross_entropy":
+        """Weight of the score difference in the patriarch's objective; 0: there is none."""
+        if self.gen.patriarch != "tolerant":
             return 0.0
         return eta_for_confidence(self.gen.confidence, self.gen.k)
 
     def teacher_weight(self, generation: int) -> float:
         """Teacher's share in the objective of the given student, 1..G."""
         return _of_generation(self.gen.teacher_weight, generation)
+
+    def student_k(self, generation: int) -> int:
+        """Classes in the score difference of the given student, 1..G."""
+        k = self.gen.student_k
+        if k is None:
+            return self.gen.k
+        return k[generation - 1] if isinstance(k, tuple) else k
+
+    def student_eta(self, generation: int) -> float:
+        """Weight of the score difference in the given student's share of the labels, 1..G; 0: there is none."""
+        return eta_for_confidence(_of_generation(self.gen.student_confidence, generation), self.student_k(generation))
 
     def temperature(self, generation: int) -> float:
         """Temperature of the given student, 1..G."""

@@ -86,6 +86,17 @@ class Group:
             dist.all_reduce(tensor, group=self.control)
         return tensor
 
+    def told_by(self, rank: int, tensor: Tensor) -> Tensor:
+        """One process's tensor, everywhere; in place in the others.
+
+        Args:
+            rank: of that process.
+            tensor: on the CPU, contiguous, of one shape and dtype in all of them.
+        """
+        if self.control is not None:
+            dist.broadcast(tensor, rank, group=self.control)
+        return tensor
+
     def most(self, numbers: Sequence[int]) -> list[int]:
         """The largest value of each over the processes."""
         return self.ask_most(numbers)()

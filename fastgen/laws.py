@@ -48,6 +48,16 @@ def confidence_for_eta(eta: float, k: int, topk_share: float = 1.0) -> float:
     return min(1.0, (1 - eta) / (eta * (1 + topk_share / (k - 1))))
 
 
+def smoothed_confidence(smoothing: float, classes: int) -> float:
+    """Confidence of the minimiser under label smoothing: 1 - eps (C-1)/C.
+
+    Args:
+        smoothing: eps.
+        classes: C.
+    """
+    return 1 - smoothing * (classes - 1) / classes
+
+
 def ideal_confidence(confidence: float, teacher_weight: float | Sequence[float], generation: int) -> float:
     """Confidence of the exact minimisers along the generations: f_g = 1 - lambda_g (1 - f_{g-1}).
 

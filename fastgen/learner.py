@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastgen.batchnorm_sync import synchronise
 from fastgen.config import Recipe, TrainSettings
+from fastgen.consistency import Means
 from fastgen.data.batch import Batch
 from fastgen.data.facts import Facts
 from fastgen.distributed import ALONE, Group
@@ -40,6 +41,7 @@ class Learner:
         reducer: has the forward pass of the working copy, and sums gradients over the processes.
         group: of the run.
         accumulate_steps: parts of a batch, of all processes together, whose gradients are added up.
+        means: of earlier predictions, which a step adds to; None: there are none.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class Learner:
     reducer: Reducer
     group: Group = ALONE
     accumulate_steps: int = 1
+    means: Means | None = None
 
     def step(self, batch: Batch, lr: float | Tensor, images: int | None = None) -> Tally:
         """One step of SGD; nothing in it waits for the device.
@@ -110,6 +113,7 @@ class Learner:
         """Whatever steps change inside is put back afterwards, in place."""
         momenta = [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [*self.model.parameters(), *self.model.buffers(), *momenta]
+        tensors += [] if self.means is None else [self.means.table_RC]
         with torch.no_grad():
             before, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
         yield
@@ -140,6 +144,8 @@ def make_learner(
     device: torch.device,
     shapes: int = 2,
     group: Group = ALONE,
+    lipschitz_weight: float = 0.0,
+    means: Means | None = None,
 ) -> Learner:
     """Puts a training step together.
 
@@ -149,12 +155,14 @@ def make_learner(
         train: settings of the training.
         device: where all of it lives.
         group: of the run.
+        lipschitz_weight: see `make_forward`.
+        means: that `grade` adds to.
     """
     working = WorkingCopy(model, DTYPES[train.precision])
-    forward = make_forward(working.network, grade, teacher, prepare, train.engine, shapes)
+    forward = make_forward(working.network, grade, teacher, prepare, train.engine, shapes, lipschitz_weight)
     reducer = Reducer(forward, working, group, device, own_parts(train.accumulate_steps, group.share))
     optimizer, scaler = make_optimizer(model, train), make_scaler(train, device)
-    return Learner(model, working, optimizer, scaler, reducer, group, train.accumulate_steps)
+    return Learner(model, working, optimizer, scaler, reducer, group, train.accumulate_steps, means)
 
 
 def new_learner(
@@ -166,6 +174,7 @@ def new_learner(
     device: torch.device,
     shapes: int,
     group: Group = ALONE,
+    means: Means | None = None,
 ) -> Learner:
     """A generation before its first step, as its recipe wants it.
 
@@ -176,6 +185,7 @@ def new_learner(
         teacher, prepare, shapes: see `make_forward`.
         device: where all of it lives.
         group: of the run.
+        means: of earlier predictions, where the objective has a consistency term.
     """
     model = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
     model = initialise(model, generation.init_seed).to(device).to(memory_format=torch.channels_last).train()
@@ -185,5 +195,7 @@ def new_learner(
         model = fuse_norm_act(model)
     if recipe.dist.batchnorm == "synchronised" and group.world > 1:
         model = synchronise(model, device)
-    grade = make_grade(generation.objective, fused=recipe.train.kernels == "triton")
-    return make_learner(model, grade, teacher, prepare, recipe.train, device, shapes, group)
+    objective = generation.objective
+    grade = make_grade(objective, fused=recipe.train.kernels == "triton", means=means)
+    weight = objective.lipschitz_weight
+    return make_learner(model, grade, teacher, prepare, recipe.train, device, shapes, group, weight, means)

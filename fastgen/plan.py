@@ -8,12 +8,12 @@ generation 3 is another node under the same teacher.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from fastgen.config import Recipe, hash_of
 from fastgen.data.facts import DATASETS
-from fastgen.laws import confidence_for_eta, ideal_confidence
+from fastgen.laws import confidence_for_eta, ideal_confidence, smoothed_confidence
 
 Role = Literal["patriarch", "student", "independent"]
 
@@ -30,12 +30,36 @@ class Objective:
         k: classes in it; 0 where eta is 0, so that equal objectives are equal.
         teacher_weight: lambda, the teacher's share (Eqn 4); 0: no teacher.
         temperature: of the distillation term; 1 without a teacher.
+        k_mass: each sample's K is as many classes as have this mass, at most k; 0: all have k.
+        smoothing: of the labels; 0: none.
+        entropy_weight: of the confidence penalty; 0: none.
+        lipschitz_weight, consistency_weight: of SoTeacher's terms; 0: none.
+        consistency_dtype: of the means that the consistency term keeps; empty without one.
     """
 
     eta: float = 0.0
     k: int = 0
     teacher_weight: float = 0.0
     temperature: float = 1.0
+    k_mass: float = 0.0
+    smoothing: float = 0.0
+    entropy_weight: float = 0.0
+    lipschitz_weight: float = 0.0
+    consistency_weight: float = 0.0
+    consistency_dtype: str = ""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides weights; what came after the first four is left out where it is off, so that names stay."""
+        values = asdict(self)
+        first = list(values)[:4]
+        return {name: value for name, value in values.items() if name in first or value}
+
+    @property
+    def fused(self) -> bool:
+        """Whether there are Triton kernels for it."""
+        return not (self.k_mass or self.smoothing or self.entropy_weight or self.consistency_weight) and not (
+            self.eta and self.teacher_weight
+        )
 
 
 @dataclass(frozen=True)
@@ -193,7 +217,7 @@ def _generation(
         {
             "format": NODE_FORMAT,
             "generation": index,
-            "objective": asdict(objective),
+            "objective": objective.identity(),
             "teacher": teacher_id,
             "init_seed": init_seed,
             "model": settings["model"],
@@ -219,25 +243,68 @@ def _generation(
 
 def _objective(recipe: Recipe, index: int) -> Objective:
     if index == 0:
-        return Objective(eta=recipe.eta, k=recipe.gen.k) if recipe.eta else Objective()
-    weight = recipe.teacher_weight(index)
-    return Objective(teacher_weight=weight, temperature=recipe.temperature(index)) if weight else Objective()
+        return _patriarchs(recipe)
+    weight, eta = recipe.teacher_weight(index), recipe.student_eta(index)
+    tolerance = _tolerance(recipe, eta, recipe.student_k(index))
+    if not weight:
+        return tolerance
+    return replace(tolerance, teacher_weight=weight, temperature=recipe.temperature(index))
+
+
+def _patriarchs(recipe: Recipe) -> Objective:
+    gen = recipe.gen
+    if gen.patriarch == "label_smoothing":
+        return Objective(smoothing=gen.smoothing)
+    if gen.patriarch == "confidence_penalty":
+        return Objective(entropy_weight=gen.entropy_weight)
+    if gen.patriarch == "soteacher":
+        return Objective(
+            lipschitz_weight=gen.lipschitz_weight,
+            consistency_weight=gen.consistency_weight,
+            consistency_dtype=gen.consistency_dtype if gen.consistency_weight else "",
+        )
+    return _tolerance(recipe, recipe.eta, gen.k)
+
+
+def _tolerance(recipe: Recipe, eta: float, k: int) -> Objective:
+    return Objective(eta=eta, k=k, k_mass=recipe.gen.k_mass or 0.0) if eta else Objective()
 
 
 def _ideal(recipe: Recipe, index: int) -> float | None:
+    """None: of temperatures, tolerant students and other patriarchs no law is known."""
     weights = [recipe.teacher_weight(g) for g in range(1, index + 1)]
     temperatures = [recipe.temperature(g) for g in range(1, index + 1)]
     if any(weight and temperature != 1 for weight, temperature in zip(weights, temperatures, strict=True)):
         return None
-    return ideal_confidence(confidence_for_eta(recipe.eta, recipe.gen.k), weights, index)
+    if any(recipe.student_eta(g) for g in range(1, index + 1)):
+        return None
+    first = _patriarchs_ideal(recipe)
+    return None if first is None else ideal_confidence(first, weights, index)
+
+
+def _patriarchs_ideal(recipe: Recipe) -> float | None:
+    if recipe.gen.patriarch in ("confidence_penalty", "soteacher"):
+        return None
+    if recipe.gen.patriarch == "label_smoothing":
+        classes = DATASETS[recipe.data.dataset].classes
+        return smoothed_confidence(recipe.gen.smoothing, classes) if classes else None
+    return confidence_for_eta(recipe.eta, recipe.gen.k)
 
 
 def _objective_text(g: Generation) -> str:
     o = g.objective
+    names = {
+        "smoothing": "label smoothing", "entropy_weight": "confidence penalty, entropy_weight",
+        "lipschitz_weight": "lipschitz_weight", "consistency_weight": "consistency_weight",
+    }  # fmt: skip
+    terms = [f"{text} {getattr(o, name):g}" for name, text in names.items() if getattr(o, name)]
+    if o.eta:
+        adaptive = f" at most, for mass {o.k_mass:g}" if o.k_mass else ""
+        terms.append(f"tolerant, eta {o.eta:.4f}, k {o.k}{adaptive}")
     if g.role == "student":
-        softened = f", temperature {o.temperature:g}" if o.temperature != 1 else ""
-        return f"teacher_weight {o.teacher_weight:g}{softened}"
-    return f"tolerant, eta {o.eta:.4f}, k {o.k}" if o.eta else "cross-entropy"
+        terms.append(f"teacher_weight {o.teacher_weight:g}")
+        terms += [f"temperature {o.temperature:g}"] if o.temperature != 1 else []
+    return ", ".join(terms) or "cross-entropy"
 
 
 def _seed(seed: int | None) -> int:

@@ -25,7 +25,7 @@ from fastgen.config import SECTIONS, Recipe, with_seeds
 from fastgen.errors import UserError
 
 # Settings that `gen.only` narrows to the one generation when they stand on the command line.
-PER_STUDENT = ("teacher_weight", "temperature")
+PER_STUDENT = ("teacher_weight", "temperature", "student_confidence", "student_k")
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _narrow_to_one_generation(recipe: Recipe, from_file: Mapping[str, Any], over
     narrowed: dict[str, Any] = {}
     for name in PER_STUDENT:
         value = overrides.get(f"gen.{name}")
-        if not isinstance(value, float):
+        if not isinstance(value, (int, float)):
             continue
         base = from_file.get(f"gen.{name}", _default(_field_of(f"gen.{name}")))
         students = list(base) if isinstance(base, tuple) else [base] * recipe.gen.generations

@@ -80,10 +80,12 @@ class Results:
         """The confidence of exact minimisers, and the same from the patriarch's measured top-K share."""
         ideal = generation.ideal
         patriarch = self.rows[0] if self.rows else row
-        if ideal is None or patriarch["generation"] != 0:
+        # With a K of its own for each sample there is no one share.
+        if ideal is None or patriarch["generation"] != 0 or self._bench.recipe.gen.k_mass:
             return {"ideal_confidence": ideal, "ideal_confidence_at_share": None}
-        recipe = self._bench.recipe
-        start = confidence_for_eta(recipe.eta, recipe.gen.k, patriarch["topk_share"])
+        recipe, start = self._bench.recipe, patriarch.get("ideal_confidence", ideal)
+        if recipe.gen.patriarch == "tolerant":
+            start = confidence_for_eta(recipe.eta, recipe.gen.k, patriarch["topk_share"])
         weights = [recipe.teacher_weight(g) for g in range(1, generation.index + 1)]
         return {
             "ideal_confidence": ideal,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from fastgen.data.facts import DATASETS
@@ -162,10 +163,12 @@ def _check_gen(recipe: Recipe) -> None:
         f"gen.confidence = {gen.confidence}: give a value in [1/k, 1] = [{1 / gen.k:.4g}, 1]",
     )
     _require(
-        gen.patriarch != "cross_entropy" or gen.confidence == 1,
-        f"gen.patriarch = cross_entropy asks for confidence 1, gen.confidence is {gen.confidence}: "
+        gen.patriarch == "tolerant" or gen.confidence == 1,
+        f"gen.patriarch = {gen.patriarch} knows no confidence, gen.confidence is {gen.confidence}: "
         "set gen.confidence=1.0 or gen.patriarch=tolerant",
     )
+    _check_patriarch(recipe)
+    _check_tolerant_students(recipe, most)
     _check_per_student("teacher_weight", gen.teacher_weight, gen.generations)
     _check_per_student("temperature", gen.temperature, gen.generations)
     for weight in _listed(gen.teacher_weight):
@@ -189,6 +192,60 @@ def _check_gen(recipe: Recipe) -> None:
         _require(
             weight > 0, f"gen.teacher has no say where gen.teacher_weight of generation {gen.only} is 0: give a weight"
         )
+
+
+def _check_patriarch(recipe: Recipe) -> None:
+    gen = recipe.gen
+    owners = {
+        "smoothing": "label_smoothing", "entropy_weight": "confidence_penalty", "lipschitz_weight": "soteacher",
+        "consistency_weight": "soteacher", "consistency_dtype": "soteacher",
+    }  # fmt: skip
+    for name, owner in owners.items():
+        default = next(field.default for field in fields(gen) if field.name == name)
+        _require(
+            gen.patriarch == owner or getattr(gen, name) == default,
+            f"gen.{name} has no say with gen.patriarch = {gen.patriarch}: leave it out, or set gen.patriarch={owner}",
+        )
+    _require(0 <= gen.smoothing < 1, f"gen.smoothing = {gen.smoothing}: give 0 or more, and less than 1")
+    for name in ("entropy_weight", "lipschitz_weight", "consistency_weight"):
+        _require(getattr(gen, name) >= 0, f"gen.{name} = {getattr(gen, name)}: give 0 or more")
+    plain = gen.patriarch in ("tolerant", "cross_entropy") and gen.k_mass is None
+    _require(
+        recipe.train.kernels == "torch" or plain,
+        f"train.kernels = triton: patriarchs with kernels are tolerant, without gen.k_mass, and cross_entropy, not "
+        f"{gen.patriarch}: set train.kernels=torch",
+    )
+
+
+def _check_tolerant_students(recipe: Recipe, most: int) -> None:
+    gen = recipe.gen
+    _check_per_student("student_confidence", gen.student_confidence, gen.generations)
+    ks = gen.student_k if isinstance(gen.student_k, tuple) else (gen.student_k,)
+    _require(
+        not isinstance(gen.student_k, tuple) or len(ks) == gen.generations,
+        f"gen.student_k has {len(ks)} values for {gen.generations} students: give one number, or one for each student",
+    )
+    _require(
+        all(k is None or 2 <= k <= most for k in ks),
+        f"gen.student_k = {gen.student_k}: give 2 to {most}, the number of classes of the data set",
+    )
+    for student in range(1, gen.generations + 1):
+        values, k = gen.student_confidence, recipe.student_k(student)
+        confidence = values[student - 1] if isinstance(values, tuple) else values
+        _require(
+            1 / k <= confidence <= 1,
+            f"gen.student_confidence = {confidence}: give a value in [1/k, 1] = [{1 / k:.4g}, 1]",
+        )
+    tolerant = [*_listed(gen.student_confidence), gen.confidence]
+    _require(gen.k_mass is None or 0 < gen.k_mass < 1, f"gen.k_mass = {gen.k_mass}: give a probability between 0 and 1")
+    _require(
+        gen.k_mass is None or (min(tolerant) < 1 and min(tolerant) >= 0.5),
+        "gen.k_mass needs a tolerant generation, with confidences of at least 0.5: a sample may have two classes alone",
+    )
+    _require(
+        recipe.train.kernels == "torch" or min(_listed(gen.student_confidence)) == 1,
+        "train.kernels = triton: there is no kernel of tolerant students: set train.kernels=torch",
+    )
 
 
 def _check_teacher(recipe: Recipe) -> None:

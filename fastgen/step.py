@@ -13,8 +13,9 @@ from fastgen.compiling import compiled
 from fastgen.config import TrainSettings
 from fastgen.crops import NO_JITTER, JitterPolicy
 from fastgen.grade import Grade, Graded
+from fastgen.lipschitz import lipschitz_term
 from fastgen.teacher import Teacher
-from fastgen.truncation import Kept
+from fastgen.truncation import Lesson
 
 # Images of a batch, uint8 or normalised already, and their rows of jitter or None -> what the network sees.
 Prepare = Callable[[Tensor, Tensor | None], Tensor]
@@ -28,7 +29,7 @@ class Forward(Protocol):
         images_NCHW: Tensor,
         labels_B: Tensor,
         jitter_B4: Tensor | None = None,
-        lesson: Tensor | Kept | None = None,
+        lesson: Lesson | None = None,
         scale: Tensor | None = None,
     ) -> Graded:
         """A batch, or a part of one -> its loss, hits and where backpropagation begins.
@@ -54,6 +55,7 @@ def make_forward(
     prepare: Prepare,
     engine: EngineName = "eager",
     shapes: int = 2,
+    lipschitz_weight: float = 0.0,
 ) -> Forward:
     """The part of a step that autograd sees, from stored pixels to the loss.
 
@@ -66,23 +68,31 @@ def make_forward(
         prepare: from `make_prepare`, in the dtype of the step.
         engine: of the recipe.
         shapes: how many shapes of batches will come; engine compile compiles one of each.
+        lipschitz_weight: of `lipschitz_term`, which is added to the mean loss; needs a plain grade.
     """
 
     def forward(
         images_NCHW: Tensor,
         labels_B: Tensor,
         jitter_B4: Tensor | None = None,
-        lesson: Tensor | Kept | None = None,
+        lesson: Lesson | None = None,
         scale: Tensor | None = None,
     ) -> Graded:
         inputs_NCHW = prepare(images_NCHW, jitter_B4)
         if teacher is not None and lesson is None:
             lesson = teacher(inputs_NCHW)
-        return grade(network(inputs_NCHW), labels_B, lesson, scale)
+        graded = grade(network(inputs_NCHW), labels_B, lesson, scale)
+        return _smoothed(graded, network, lipschitz_weight, len(labels_B)) if lipschitz_weight else graded
 
     if engine == "compile":
         return compiled(forward, shapes)
     return forward
+
+
+def _smoothed(graded: Graded, network: nn.Module, weight: float, images: int) -> Graded:
+    """With the Lipschitz term. Parts of a batch are weighed by their images, so over all of them it counts once."""
+    term = weight * lipschitz_term(network)
+    return graded._replace(loss_sum=graded.loss_sum + term.detach().double() * images, root=graded.root + term)
 
 
 def make_prepare(normalise: Normaliser, jitter: JitterPolicy = NO_JITTER) -> Prepare:

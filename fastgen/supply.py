@@ -12,6 +12,7 @@ import torch
 
 from fastgen.augment import Normaliser
 from fastgen.config import Recipe
+from fastgen.consistency import Means, MeansLoader, MeansSource
 from fastgen.crops import NO_JITTER, JitterPolicy, ShiftCrop
 from fastgen.data.batch import Batch, DeviceSource, Loader
 from fastgen.data.resident import ResidentLoader
@@ -54,6 +55,7 @@ class Supply:
         source: the same batches, but for what `ahead` does, made on the device alone; None: they are not.
         ahead: asks a teacher before the step.
         store: keeps what a teacher was asked for; None: nothing does.
+        means: of earlier predictions, which the step adds to; None: there are none.
         still_ours: whether the store is this run's to write to; asked in all processes at once.
         views: how views are executed, for the record.
         lessons: how the teacher is asked, for the record; None: there is none.
@@ -68,6 +70,7 @@ class Supply:
     source: DeviceSource | None = None
     ahead: LookAhead | None = None
     store: LabelStore | None = None
+    means: Means | None = None
     still_ours: Callable[[], bool] = lambda: True
 
     def keep(self) -> None:
@@ -99,6 +102,12 @@ class Supply:
         lessons += ", all of it read" if ahead is None else f", filled by {asked}"
         return replace(self._then(loader, loader.dress, lessons), source=source, ahead=ahead, store=store)
 
+    def with_means(self, means: Means, device: torch.device) -> Supply:
+        """The same batches, which know where the means of their predictions are."""
+        loader = MeansLoader(self.loader, means, device)
+        source = None if self.source is None else MeansSource(self.source, means, device)
+        return replace(self._then(loader, loader.dress, None), source=source, means=means)
+
     def with_table(self, table: LabelTable) -> Supply:
         """The same batches with the teacher's logits from a table."""
         loader = TableLoader(self.loader, table)
@@ -118,7 +127,7 @@ class Supply:
         ahead = LookAhead(self.loader, teacher, self.prepare, batches, classes)
         return replace(self._then(ahead, ahead.dress, _how(teacher, batches)), ahead=ahead)
 
-    def _then(self, loader: Loader, dress: Callable[[Batch], Batch], lessons: str) -> Supply:
+    def _then(self, loader: Loader, dress: Callable[[Batch], Batch], lessons: str | None) -> Supply:
         return replace(self, loader=loader, dress=lambda batch: dress(self.dress(batch)), lessons=lessons)
 
 
@@ -178,9 +187,10 @@ def make_supply(
     facts, data, train = bench.dataset.facts, bench.recipe.data, bench.recipe.train
     normalise = Normaliser(facts.mean, facts.std, bench.device, DTYPES[train.precision])
     jitter, fused = bench.dataset.crop.jitter, train.kernels == "triton"
+    means = _means(bench, generation)
     supply = supply_images(bench.train_loader, data.backend, normalise, jitter, fused=fused)
     if teacher_weights is None:
-        return supply
+        return supply if means is None else supply.with_means(means, bench.device)
     settings = bench.recipe.teacher
     if settings.labels == "table":
         return supply.with_table(_table(bench, generation, node, teacher_weights, supply, stopwatch))
@@ -201,6 +211,22 @@ def make_supply(
     batches = settings.look_ahead_batches
     ahead = LookAhead(supply.loader, teacher, supply.prepare, batches, facts.classes)
     return replace(supply.with_store(store, bench.device, ahead, _how(teacher, batches)), still_ours=still_ours)
+
+
+def _means(bench: Workbench, generation: Generation) -> Means | None:
+    objective, dataset, train = generation.objective, bench.dataset, bench.recipe.train
+    if not objective.consistency_weight:
+        return None
+    return Means(
+        images=len(dataset.train),
+        classes=dataset.facts.classes,
+        batch_size=train.batch_size,
+        epochs=train.epochs,
+        weight=objective.consistency_weight,
+        dtype=objective.consistency_dtype,
+        device=bench.device,
+        group=bench.group,
+    )
 
 
 def _how(teacher: FrozenTeacher, batches: int) -> str:

@@ -75,6 +75,8 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
             first_batch = training.step % schedule.steps_per_epoch
             lrs = [schedule.lr(step) for step in range(training.step, (epoch + 1) * schedule.steps_per_epoch)]
             with training.stopwatch.phase("train"):
+                if supply.means is not None:
+                    supply.means.begin(epoch, views)
                 for tally in engine.epoch(views, first_batch, lrs):
                     logged = training.step // bench.recipe.run.log_every_steps
                     training.take(tally)
@@ -159,7 +161,15 @@ def _start(bench: Workbench, generation: Generation, supply: Supply) -> Learner:
     seed_random_state(generation.init_seed, bench.group.rank)
     shapes = len(part_shapes(recipe, dataset, bench.group.share))
     return new_learner(
-        recipe, dataset.facts, generation, supply.live_teacher, supply.prepare, bench.device, shapes, bench.group
+        recipe,
+        dataset.facts,
+        generation,
+        supply.live_teacher,
+        supply.prepare,
+        bench.device,
+        shapes,
+        bench.group,
+        supply.means,
     )
 
 

@@ -60,11 +60,13 @@ class Training:
         What each process has of its own stands under `processes`, by rank: the same number of processes goes on with
         the very same bits.
         """
-        own = {
+        own: dict[str, Any] = {
             "meter": self.meter.state(),
             "statistics": own_statistics(self.learner.model),
             "random": random_state(self.learner.device),
         }
+        if self.learner.means is not None:
+            own["means"] = self.learner.means.state()
         return {
             "step": self.step,
             **self.learner.state(),
@@ -77,6 +79,8 @@ class Training:
         """Goes on from what `state` gave, here or in another number of processes."""
         self.learner.load_state(state)
         rows = state["processes"]
+        if self.learner.means is not None:
+            self.learner.means.restore([row["means"] for row in rows])
         if len(rows) == self.group.world:
             own = rows[self.group.rank]
             put_statistics(self.learner.model, own["statistics"])

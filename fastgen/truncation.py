@@ -28,11 +28,25 @@ Labels = Mapping[str, Tensor]
 LOG_P, CLASSES = "log_p", "classes"
 
 
+class Remembered(NamedTuple):
+    """Where the means of a batch's earlier predictions are kept; see `consistency.Means`.
+
+    Attributes:
+        rows_B: int64 (B,).
+    """
+
+    rows_B: Tensor
+
+
 class Kept(NamedTuple):
     """What a loss is told of a teacher of which M < C classes a row are kept; see `Labels`."""
 
     log_p_BN: Tensor
     classes_BM: Tensor
+
+
+# What a batch brings along for its loss: the teacher's logits, some of them, or where earlier predictions are.
+Lesson = Tensor | Kept | Remembered
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen.crops import Int64
-from fastgen.truncation import CLASSES, LOG_P, Kept, Labels
+from fastgen.truncation import CLASSES, LOG_P, Kept, Labels, Lesson, Remembered
 from fastgen.views import WHOLE, EpochViews, Share
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Batch:
         teacher_logits_BC: of these very views, where the teacher was asked before; else None.
         teacher_classes_BM: int16, where the teacher is truncated, and the logits are log-probabilities (N, M + 1) of
             these classes and of all others together; else None.
+        mean_rows: int64 (N,), where the means of earlier predictions are kept; None: none are.
     """
 
     images_NCHW: Tensor
@@ -39,10 +40,13 @@ class Batch:
     jitter: Tensor | None = None
     teacher_logits_BC: Tensor | None = None
     teacher_classes_BM: Tensor | None = None
+    mean_rows: Tensor | None = None
 
     @property
-    def lesson(self) -> Tensor | Kept | None:
-        """What the teacher says of them; None: it was not asked before."""
+    def lesson(self) -> Lesson | None:
+        """What the teacher says of them, or where earlier predictions are; None: there is none, or it was not asked."""
+        if self.mean_rows is not None:
+            return Remembered(self.mean_rows)
         if self.teacher_logits_BC is None or self.teacher_classes_BM is None:
             return self.teacher_logits_BC
         return Kept(self.teacher_logits_BC, self.teacher_classes_BM)
