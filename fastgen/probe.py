@@ -170,7 +170,8 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
     p, z = correct / count, NORMAL_95
     middle = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Exactly 0 and 1 at the ends, which rounding would miss.
+    return middle - half if correct else 0.0, middle + half if correct < count else 1.0
 
 
 def compare(first: Bools, second: Bools) -> Comparison:

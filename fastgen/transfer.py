@@ -118,10 +118,8 @@ def main(words: Sequence[str]) -> None:
         "classifier": {"cs": list(CS), "folds": asked.folds, "seed": asked.seed},
     }
     paths = write_all(stem, facts, names, rows)
-    counted = (
-        f"{len(images.train):,} training and {len(images.val):,} test pictures of {len(images.class_names)} classes"
-    )
-    print_rows(f"{images.name}: accuracy in percent [95 % interval] of a linear classifier, {counted}", names, rows)
+    counted = f"{len(images.train):,} training, {len(images.val):,} test pictures, {len(images.class_names)} classes"
+    print_rows(f"{images.name}: accuracy in percent [95 % interval]; {counted}", names, rows)
     print(UNCERTAINTY)
     print("  ".join(str(path) for path in paths))
 
