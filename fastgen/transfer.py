@@ -68,7 +68,8 @@ class Source:
     @property
     def name(self) -> str:
         """For headings."""
-        return Path(self.place).resolve().name
+        path = Path(os.path.abspath(self.place))
+        return path.stem if path.is_file() else path.name
 
     def as_dict(self) -> dict[str, Any]:
         """What the record tells of it."""

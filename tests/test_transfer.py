@@ -190,6 +190,10 @@ def test_the_last_layer_is_found_by_what_it_does():
     assert layer_of(model) is model.first
     stacked = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.Linear(12, 12))
     assert layer_of(stacked) is stacked[2]
+    # Where two of them give it, the later one.
+    nn.init.eye_(stacked[2].weight)
+    nn.init.zeros_(stacked[2].bias)
+    assert layer_of(stacked) is stacked[2]
     # Some networks drop dimensions after it.
     squeezed = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (1, 12)), nn.Linear(12, 5), nn.Flatten())
     assert layer_of(squeezed) is squeezed[2]
@@ -413,7 +417,7 @@ def test_one_networks_features_separate_the_classes_and_anothers_do_not(make_run
     assert record["note"].endswith("no benchmark of transfer where the source network was trained on small images.")
     assert record["note"] in out
     assert (record["to"]["train_images"], record["to"]["val_images"]) == (20, 40)
-    table = list(csv.DictReader((run / "transfer-woof.csv").open()))
+    table = list(csv.DictReader((run / "transfer-woof.csv").read_text().splitlines()))
     assert [float(line["baseline_accuracy"]) for line in table] == [row["baseline"]["accuracy"] for row in rows]
     assert table[2]["run_accuracy"] == ""
     assert (run / "transfer-woof.png").read_bytes().startswith(b"\x89PNG")
