@@ -55,9 +55,9 @@ class View:
     @property
     def text(self) -> str:
         """The rule, for people."""
-        square = "shorter side" if self.share == 1 else f"{self.share:g} of the shorter side"
+        square = "the shorter side" if self.share == 1 else f"{self.share:g} of the shorter side"
         grey = ", grey" if self.channels == 1 else ""
-        return f"centre square of the {square}, resampled to {self.side_px} px (bilinear, antialiased){grey}"
+        return f"centre square of {square}, resampled to {self.side_px} px (bilinear, antialiased){grey}"
 
 
 @dataclass(frozen=True)

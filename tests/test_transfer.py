@@ -259,6 +259,8 @@ def test_views_are_those_of_the_recipes_evaluation(write_recipe):
     assert evaluation_view(read_recipe([f"--cfg={recipe}"])) == View(64, 0.875, 3)
     words = [f"--cfg={recipe}", "--data.eval_resolution_px=96", "--data.eval_crop_share=1.0"]
     assert evaluation_view(read_recipe(words)) == View(96, 1.0, 3)
+    rule = "centre square of 0.875 of the shorter side, resampled to 64 px (bilinear, antialiased)"
+    assert View(64, 0.875, 3).text == rule
 
 
 @pytest.mark.parametrize("name", ["grey", "cmyk", "alpha", "palette", "grey_alpha", "webp"])
