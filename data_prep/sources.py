@@ -26,12 +26,10 @@ import numpy.typing as npt
 
 from fastgen.data.cifar import LAYOUTS, read_cifar
 from fastgen.data.manifest import read_manifest
+from fastgen.data.photos import is_picture_name
 from fastgen.errors import UserError
 from fastgen.selection import class_balanced
 
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
-)
 VAL_NAME = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
 WNID = re.compile(r"n\d{8}")
 TRAIN, TEST = "train", "test"
@@ -170,7 +168,7 @@ def find_kind(folder: Path) -> str:
     tars = [entry.name for entry in entries if entry.name.endswith(".tar")]
     if tars:
         raise UserError(f"{folder}: holds {tars[0]}: say where to unpack it to with --unpack-to=DIR")
-    if any(_is_picture(entry.name) for entry in entries):
+    if any(is_picture_name(entry.name) for entry in entries):
         raise UserError(
             f"{folder}: its pictures lie in no class folders: make one folder a class, or give --val-labels"
         )
@@ -208,10 +206,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
-def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
-
-
 def _open_folder(folder: Path, known: tuple[str, ...] | None) -> Source:
     """One folder a class; deeper folders belong to no class and are ignored, aloud."""
     entries = _entries(folder)
@@ -226,7 +220,7 @@ def _open_folder(folder: Path, known: tuple[str, ...] | None) -> Source:
         pictures: list[str] = []
         for entry in _entries(folder / class_name):
             path = f"{class_name}/{entry.name}"
-            (pictures if entry.is_file() and _is_picture(entry.name) else ignored).append(path)
+            (pictures if entry.is_file() and is_picture_name(entry.name) else ignored).append(path)
         if not pictures:
             raise UserError(f"{folder / class_name}: holds no picture: fill or remove that class folder")
         names += pictures
@@ -238,8 +232,8 @@ def _open_folder(folder: Path, known: tuple[str, ...] | None) -> Source:
 
 def _open_flat_val(folder: Path, labels_from: Path | None, known: tuple[str, ...] | None) -> Source:
     entries = _entries(folder)
-    pictures = [entry.name for entry in entries if entry.is_file() and _is_picture(entry.name)]
-    ignored = [entry.name for entry in entries if not (entry.is_file() and _is_picture(entry.name))]
+    pictures = [entry.name for entry in entries if entry.is_file() and is_picture_name(entry.name)]
+    ignored = [entry.name for entry in entries if not (entry.is_file() and is_picture_name(entry.name))]
     if labels_from is None:
         raise UserError(
             f"{folder}: its pictures lie in no class folders: name their classes with "

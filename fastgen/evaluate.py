@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from fastgen.checkpoint import load_weights
 from fastgen.config import Recipe
 from fastgen.data import build_loader, open_dataset
 from fastgen.data.batch import Loader
+from fastgen.data.facts import Facts
 from fastgen.data.split import AnySplit, Dataset
 from fastgen.device import choose_device
 from fastgen.distributed import ALONE, Group
@@ -28,6 +30,15 @@ from fastgen.measuring import Examination, Measurement, measure, measure_ensembl
 from fastgen.models import build_model
 from fastgen.recipe import read_recipe
 from fastgen.tables import measurement_table, print_table
+
+
+class WithFacts(Protocol):
+    """A data set, or as much of one as a network must know."""
+
+    @property
+    def facts(self) -> Facts:
+        """Of the data set that the network is for."""
+        ...
 
 
 def examination(
@@ -45,7 +56,7 @@ def examination(
 
 
 def load_network(
-    recipe: Recipe, dataset: Dataset, weights: Path, device: torch.device, group: Group = ALONE
+    recipe: Recipe, dataset: WithFacts, weights: Path, device: torch.device, group: Group = ALONE
 ) -> nn.Module:
     """The recipe's network with weights from a file, channels-last, on the device.
 

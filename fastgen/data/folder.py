@@ -152,6 +152,11 @@ def read_picture(manifest: Manifest, sample_id: int) -> UInt8:
     return pixels
 
 
+def resampled(window_HWC: UInt8, height_px: int, width_px: int) -> UInt8:
+    """A window at another size, uint8 (H, W, 3): by Pillow's bilinear filter, which widens where it shrinks."""
+    return np.asarray(Image.fromarray(window_HWC).resize((width_px, height_px), Image.Resampling.BILINEAR))
+
+
 def require_unchanged(manifest: Manifest, sample_id: int) -> None:
     """Checks a sample's file against all that the manifest tells of it.
 
@@ -204,9 +209,8 @@ class _Parts(Dataset[Any]):
         else:
             assert isinstance(self._split.index, Manifest)
             pixels = read_picture(self._split.index, int(self._split.ids[position]))
-            window = Image.fromarray(pixels[top : top + height, left : left + width])
-            side = (self._views.width_px, self._views.height_px)
-            view_HWC = np.asarray(window.resize(side, Image.Resampling.BILINEAR))
+            window_HWC = pixels[top : top + height, left : left + width]
+            view_HWC = resampled(window_HWC, self._views.height_px, self._views.width_px)
         target_HWC[:] = view_HWC[:, ::-1] if flip else view_HWC
 
 

@@ -12,6 +12,7 @@ a pixel keep their upper eight.
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,12 +31,21 @@ MAX_PIXELS = 1 << 27
 MAX_SIDE_PX = 0xFFFF
 # Raster formats alone: Pillow would also start Ghostscript for an EPS file.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
+# Of the files that are taken for pictures; what is in them is judged by their content.
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+)
 # A JPEG file of several pictures is "MPO" for Pillow; all decoders take the first.
 JPEG_FORMATS = ("JPEG", "MPO")
 JPEG_BEGIN = b"\xff\xd8"
 SUBSAMPLINGS = ("444", "422", "420", "440", "411", "Gray")
 
 UInt8 = npt.NDArray[np.uint8]
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file is taken for a picture, by its name alone."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 class Refused(Exception):
