@@ -86,7 +86,7 @@ def tolerant_adaptive(logits_BC: Tensor, labels_B: Tensor, confidence: float, k:
     log_p_BC = logits_BC.log_softmax(dim=1)
     p_ranked_BK = log_p_BC.gather(1, rank(logits_BC, k)).exp()
     before_BK = p_ranked_BK.detach().cumsum(1) - p_ranked_BK.detach()
-    k_B = (before_BK < mass).sum(1).clamp(min=2)
+    k_B = (before_BK < mass).sum(1).clamp(min=2).to(logits_BC.dtype)
     eta_B = (k_B - 1) / ((k_B - 1) + k_B * confidence)
     others_BK = torch.arange(k, device=logits_BC.device)[None] < k_B[:, None]
     others_BK[:, 0] = False
