@@ -4,7 +4,7 @@
 
 All networks of the run look at each batch together, in fp32 and evaluation views: one pass over the training set and
 one over the evaluation set, of which a few numbers a sample are kept (`analysis_columns.py`). Memory: the weights of
-all networks on the device, and 72 bytes a training image and network (0.6 GB for six networks and ILSVRC2012).
+all networks on the device, and 80 bytes a training image and network (0.6 GB for six networks and ILSVRC2012).
 
 `analyse` gives plain values, which analysis.json holds too; `analysis_content.ABOUT` says what they mean.
 """
@@ -25,10 +25,10 @@ from fastgen.analysis_runs import (
     ANALYSIS_FILE,
     RunRecord,
     beside,
+    describes,
     read_analysis,
     read_run,
     require_comparable,
-    rows_of,
 )
 from fastgen.config import Recipe
 from fastgen.data import build_loader, open_dataset
@@ -76,20 +76,20 @@ def analyse(recipe: Recipe, folder: Path, against: Sequence[Path], display: Disp
     run, others = read_run(folder), [read_run(path) for path in against]
     require_comparable(run, others)
     dataset, device = open_dataset(recipe), choose_device(recipe.run)
-    left_out = _other_data(run, dataset)
-    networks = _networks(recipe, run, dataset, device, left_out)
+    notes = _other_data(run, dataset)
+    networks = _networks(recipe, run, dataset, device, notes)
     content = about_run(run, dataset)
     training = _training(recipe, dataset, networks, device, display)
     evaluation = _evaluation(recipe, dataset, networks, device, display)
     groups = groups_of(recipe.data.dataset)
     content["generations"] = [
-        about_network(number, network.row, columns, evaluation, dataset, groups)
+        about_network(number, network.row, columns, evaluation, groups)
         for number, (network, columns) in enumerate(zip(networks, training, strict=True))
     ]
-    content["second_best"] = second_best([network.row for network in networks], training, dataset)
+    content["second_best"] = second_best([network.row for network in networks], training, dataset.facts.classes)
     content |= about_all(evaluation, len(networks))
-    content |= _compared(run, others, content, left_out)
-    content["left_out"] = left_out + lacking(content)
+    content |= _compared(run, others, content, notes)
+    content["notes"] = [*notes, *lacking(content)]
     return content
 
 
@@ -111,13 +111,13 @@ def _other_data(run: RunRecord, dataset: Dataset) -> list[str]:
 
 
 def _networks(
-    recipe: Recipe, run: RunRecord, dataset: Dataset, device: torch.device, left_out: list[str]
+    recipe: Recipe, run: RunRecord, dataset: Dataset, device: torch.device, notes: list[str]
 ) -> list[Network]:
     networks = []
     for row in run.results["generations"]:
         node = Node(run.folder / f"generation_{row['generation']}")
         if not node.finished:
-            left_out.append(f"generation {row['generation']}: its weights are not there any more")
+            notes.append(f"left out: generation {row['generation']}: its weights are not there any more")
             continue
         networks.append(Network(row, load_network(recipe, dataset, node.weights, device).eval()))
     if not networks:
@@ -125,9 +125,9 @@ def _networks(
     told = [row["generation"] for row in run.results["generations"]]
     begun = {int(path.name.split("_")[1]) for path in run.folder.glob("generation_*")}
     for index in sorted(begun - set(told)):
-        left_out.append(f"generation {index}: is not trained and measured to its end (it is not in results.json)")
+        notes.append(f"left out: generation {index}: is not trained and measured to its end")
     if told[0] != 0:
-        left_out.append(f"generations before {told[0]}: are of another run (gen.teacher), or not trained (gen.only)")
+        notes.append(f"left out: generations before {told[0]}: are another run's (gen.teacher), or untrained")
     return networks
 
 
@@ -199,23 +199,22 @@ def _what(networks: Sequence[Network], part: str) -> str:
 
 
 def _compared(
-    run: RunRecord, others: Sequence[RunRecord], content: Mapping[str, Any], left_out: list[str]
+    run: RunRecord, others: Sequence[RunRecord], content: Mapping[str, Any], notes: list[str]
 ) -> dict[str, Any]:
     """Tables of results.json by recipe, and what the others' own analyses add."""
-    own = [row["node"] for row in content["generations"]] == [row["node"] for row in rows_of(run)]
-    if content["evaluated_on"]["samples"] != run.evaluation[2]:
-        own = False
-        left_out.append("the last networks' ensembles in the comparison: results.json is of other evaluation samples")
+    own = describes(content, run)
+    if not own:
+        notes.append("left out: the last networks' ensembles, compared: results.json is of other samples or networks")
     analyses = [(other, read_analysis(other)) for other in others]
     for other, analysis in analyses:
         if analysis is None:
-            left_out.append(
-                f"{other.folder}: sorted scores and the last networks' ensembles: it has no analysis.json of its "
-                f"networks and samples (python -m fastgen.evaluate {other.folder} --analyse makes it)"
+            notes.append(
+                f"left out: sorted scores and last networks' ensembles of {other.folder}: it has no analysis.json of "
+                f"its networks and samples (python -m fastgen.evaluate {other.folder} --analyse makes it)"
             )
     devices = sorted({one.device for one in (run, *others)})
     if len(devices) > 1:
-        left_out.append(f"seconds are not comparable: runs were trained on {' and '.join(devices)}")
+        notes.append(f"seconds are not comparable: runs were trained on {' and '.join(devices)}")
     patriarchs = [
         {"run": str(other.folder), "sorted_scores": analysis["generations"][0]["training"]["sorted_scores"]}
         for other, analysis in analyses

@@ -28,9 +28,10 @@ OTHERS = 5
 
 @dataclass(frozen=True)
 class TrainingColumns:
-    """Of each training sample, what one network says: 72 bytes in all for ten or more classes.
+    """Of each training sample, what one network says: 80 bytes in all for ten or more classes.
 
     Attributes:
+        labels_N: int64.
         top_NR: fp32, the R = min(C, 10) largest probabilities, the largest first.
         label_p_N: fp32, p_y.
         kin_p_N: fp32, mass of the other classes of the label's group; zeros where classes have no groups.
@@ -39,6 +40,7 @@ class TrainingColumns:
             equal scores the lowest class.
     """
 
+    labels_N: Tensor
     top_NR: Tensor
     label_p_N: Tensor
     kin_p_N: Tensor
@@ -87,6 +89,7 @@ def training_columns(logits_BC: Tensor, labels_B: Tensor, group_of_class_C: Tens
         kin_BC = (group_of_class_C == group_of_class_C[labels_B][:, None]).scatter(1, labels_B[:, None], False)
         kin_p_B = torch.where(kin_BC, p_BC, 0.0).sum(1)
     return TrainingColumns(
+        labels_N=labels_B,
         top_NR=p_BC.topk(min(SORTED_SCORES, p_BC.shape[1]), dim=1).values,
         label_p_N=label_p_B,
         kin_p_N=kin_p_B,

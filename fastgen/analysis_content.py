@@ -63,7 +63,7 @@ ABOUT = {
     "where all runs are analysed; seconds_alone: training steps that this network takes, with those of its teachers; "
     "seconds_together: of all generations 0..g. A measure that a run lacks is null",
     "patriarchs": "of runs beside this one that are analysed themselves: sorted_scores of their first generation",
-    "left_out": "what is not here, and why",
+    "notes": "what is left out, and why; and what else is to be known",
 }
 
 
@@ -90,10 +90,8 @@ def about_network(
     row: Mapping[str, Any],
     columns: TrainingColumns,
     evaluation: EvaluationColumns,
-    dataset: Dataset,
     groups: Groups | None,
 ) -> dict[str, Any]:
-    labels_N = torch.from_numpy(dataset.train.labels)
     means, percentiles = sorted_scores(columns.top_NR)
     return {
         "generation": row["generation"],
@@ -108,13 +106,14 @@ def about_network(
             "sorted_scores": means,
             "sorted_scores_percentiles": percentiles,
             "secondary_mass": secondary_mass(columns.top_NR),
-            "in_group": None if groups is None else _in_group(columns, labels_N, torch.from_numpy(groups.of_class)),
+            "in_group": None if groups is None else _in_group(columns, torch.from_numpy(groups.of_class)),
         },
         "evaluation": _calibration(evaluation, number),
     }
 
 
-def _in_group(columns: TrainingColumns, labels_N: Tensor, group_of_class_C: Tensor) -> dict[str, float]:
+def _in_group(columns: TrainingColumns, group_of_class_C: Tensor) -> dict[str, float]:
+    labels_N = columns.labels_N
     by_chance = others_in_group_by_chance(labels_N, group_of_class_C)
     kin_share = by_chance / min(4, len(group_of_class_C) - 1)
     return {
@@ -139,14 +138,13 @@ def _calibration(columns: EvaluationColumns, number: int) -> dict[str, Any]:
 
 
 def second_best(
-    rows: Sequence[Mapping[str, Any]], training: Sequence[TrainingColumns], dataset: Dataset
+    rows: Sequence[Mapping[str, Any]], training: Sequence[TrainingColumns], classes: int
 ) -> list[dict[str, Any]]:
     """Of the first network and the last one."""
-    labels_N, classes = torch.from_numpy(dataset.train.labels), dataset.facts.classes
     per_cell = -(-classes // MOST_CELLS)
     told = []
     for number in sorted({0, len(rows) - 1}):
-        counts_CC = second_best_counts(labels_N, training[number].others_NJ, classes)
+        counts_CC = second_best_counts(training[number].labels_N, training[number].others_NJ, classes)
         most = counts_CC.sort(dim=1, descending=True, stable=True)
         frequent = torch.stack([most.indices, most.values], 2)[:, :TOLD_SECOND_BEST].tolist()
         told.append(
@@ -178,14 +176,14 @@ def lacking(content: Mapping[str, Any]) -> list[str]:
     if unlawful:
         which = ", ".join(map(str, unlawful))
         lines.append(
-            f"ideal law of generation {which}: none is known (temperatures other than 1, a named teacher, another "
-            "patriarch)"
+            f"left out: ideal law of generation {which}: none is known (temperatures other than 1, a named teacher, "
+            "another patriarch)"
         )
     if content["groups"] is None:
-        lines.append(f"groups of classes: none are known of {content['dataset']}")
+        lines.append(f"left out: groups of classes: none are known of {content['dataset']}")
     if len(rows) == 1:
-        lines.append("pairs of generations, and ensembles: there is one network")
+        lines.append("left out: pairs of generations, and ensembles: there is one network")
     per_cell = content["second_best"][0]["classes_per_cell"]
     if per_cell > 1:
-        lines.append(f"single classes in the matrix of second-best ones: a cell is of {per_cell} neighbours")
+        lines.append(f"left out: single classes in the matrix of second-best ones: a cell is of {per_cell} neighbours")
     return lines

@@ -152,9 +152,14 @@ def read_analysis(run: RunRecord) -> dict[str, Any] | None:
     found = read_json(path) if path.is_file() else None
     if found is None or found.get("format") != ANALYSIS_FORMAT:
         return None
-    nodes = [row["node"] for row in found["generations"]]
-    same = nodes == [row["node"] for row in run.results["generations"]]
-    return found if same and [found["dataset"], *found["evaluated_on"].values()] == list(run.evaluation) else None
+    return found if describes(found, run) else None
+
+
+def describes(content: Mapping[str, Any], run: RunRecord) -> bool:
+    """Whether an analysis is of the very networks and evaluation samples that results.json tells of."""
+    nodes = [row["node"] for row in content["generations"]]
+    on = content["dataset"], content["evaluated_on"]["part"], content["evaluated_on"]["samples"]
+    return on == run.evaluation and nodes == [row["node"] for row in run.results["generations"]]
 
 
 def names_of(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:

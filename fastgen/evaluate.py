@@ -118,8 +118,8 @@ def _analyse(recipe: Recipe, folder: Path, against: Sequence[Path]) -> None:
     written = [write_analysis(folder, content), *draw_all(folder, content)]
     for table in all_tables(content):
         print_table(table)
-    for line in content["left_out"]:
-        print(f"left out: {line}")
+    for line in content["notes"]:
+        print(line)
     print("  ".join(map(str, written)))
 
 
