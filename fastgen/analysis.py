@@ -127,7 +127,10 @@ def _networks(
     for index in sorted(begun - set(told)):
         notes.append(f"left out: generation {index}: is not trained and measured to its end")
     if told[0] != 0:
-        notes.append(f"left out: generations before {told[0]}: are another run's (gen.teacher), or untrained")
+        notes.append(
+            f"left out: generations before {told[0]}: are another run's (gen.teacher), or untrained; the "
+            "seconds are without theirs"
+        )
     return networks
 
 

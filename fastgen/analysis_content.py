@@ -47,10 +47,12 @@ ABOUT = {
     "measured share s of the mass beside the first class that lies in classes 2..K; null: no law is known",
     "in_group": "others: mean number, of the four highest-scored classes other than the label, that are of the "
     "label's group; top5: of the five that rank first, the label among them; mass: mean mass of the other classes of "
-    "the label's group; *_by_chance: the same if the other classes were ranked at random, and shared their mass evenly",
+    "the label's group; *_by_chance: the same if the other classes were ranked at random and shared their mass evenly, "
+    "and, for top5, the label were among the five",
     "second_best": "of the images of each class, how often another one is the highest-scored class other than the "
     "label: generation; classes_per_cell (1 up to 100 classes, else so many neighbours are one row and column); counts "
-    "([label][second-best], images); frequent (of each class, up to five [class, images], the most frequent first)",
+    "([label][second-best], images); images (of each class); frequent (of each class, up to five [class, images], the "
+    "most frequent first)",
     "evaluation": "on the evaluation images: top1_error in percent; nll, mean -ln p_y in nats; ece, expected "
     "calibration error of p_a1 in equal bins, 0..1; reliability: images, mean confidence and accuracy of each bin",
     "pairs": "of generations, in the order of `generations`: agreement[a][b], share of the evaluation images that both "
@@ -152,6 +154,7 @@ def second_best(
                 "generation": rows[number]["generation"],
                 "classes_per_cell": per_cell,
                 "counts": in_blocks(counts_CC, per_cell).tolist(),
+                "images": counts_CC.sum(1).tolist(),
                 "frequent": [[pair for pair in row if pair[1]] for row in frequent],
             }
         )

@@ -1,7 +1,7 @@
 """Figures of an analysis, drawn from what analysis.json holds, to be read at 600 pixels of width.
 
-Colours are Okabe and Ito's for recipes, and steps of cividis for generations and heat maps: both are told apart by
-readers who are colour-blind.
+Colours are Okabe and Ito's for recipes, steps of cividis for generations, one or two hues for heat maps: readers who
+are colour-blind tell them apart.
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ def draw_all(folder: Path, content: Content) -> list[Path]:
     if _points(content, "ensemble_top1_error") and (len(rows) > 1 or len(content["comparison"]) > 1):
         figures["ensembles"] = partial(ensembles, content=content)
     figures["time"] = partial(time, content=content)
-    return [_write(folder / f"analysis_{name}.png", draw, name) for name, draw in figures.items()]
+    written = [_write(folder / f"analysis_{name}.png", draw, name) for name, draw in figures.items()]
+    for path in folder.glob("analysis_second_best_*.png"):
+        # Of what was the last generation when fewer were trained.
+        if path not in written:
+            path.unlink()
+    return written
 
 
 def _write(path: Path, draw: Callable[[Figure], None], name: str) -> Path:
@@ -60,7 +65,7 @@ def _write(path: Path, draw: Callable[[Figure], None], name: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    height = 6.6 if name.startswith("second_best") else 3.9 if name == "pairs" else 4.4
+    height = 6.5 if name.startswith("second_best") else 3.9 if name == "pairs" else 5.0
     # The reader's own matplotlibrc shall not darken the background, or shrink the letters.
     with rc_context():
         from matplotlib import rcdefaults
@@ -90,12 +95,12 @@ def sorted_scores(figure: Figure, content: Content) -> None:
         means = other["sorted_scores"]
         name = f"first of {Path(other['run']).name}"
         axis.plot(range(1, len(means) + 1), means, f"{marker}--", color=colour, label=name)
-    # Scores of a network that is sure go down to 1e-30, where there is nothing to be seen.
+    # Percentiles of a network that is sure go down to 1e-30, where there is nothing to be seen.
     smallest = min(min(row["training"]["sorted_scores"]) for row in rows)
     axis.set(yscale="log", xlabel="rank of the score, r", ylabel="mean r-th largest softmax score")
-    axis.set_ylim(max(1e-7, smallest / 10), 1.5)
+    axis.set_ylim(max(1e-7, smallest / 3), 1.3)
     axis.set_xticks(ranks)
-    _finish(axis, f"Sorted scores on {content['training_images']:,} training images")
+    _finish(figure, axis, f"Sorted scores on {content['training_images']:,} training images")
 
 
 def second_best(figure: Figure, content: Content, found: Content) -> None:
@@ -109,18 +114,21 @@ def second_best(figure: Figure, content: Content, found: Content) -> None:
     order = np.argsort(content["groups"]["of_class"], kind="stable") if grouped else np.arange(len(shares))
     # Square-rooted: the many small shares are to be seen beside the few large ones.
     norm = PowerNorm(0.5, vmin=0, vmax=max(shares.max(), 1))
-    image = axis.imshow(shares[np.ix_(order, order)], cmap="cividis", norm=norm)
-    bar = figure.colorbar(image, ax=axis, shrink=0.8)
+    # Axes count classes, also where a cell is of several.
+    step = found["classes_per_cell"]
+    end = len(shares) * step - 0.5
+    image = axis.imshow(shares[np.ix_(order, order)], cmap="Blues", norm=norm, extent=(-0.5, end, end, -0.5))
+    bar = figure.colorbar(image, ax=axis, location="bottom", shrink=0.6, aspect=30)
     bar.set_label("percent of the label's images")
     if grouped:
         _group_axes(axis, content["groups"], order)
     elif len(shares) <= MOST_NAMES:
         names = content["class_names"]
-        axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        turned = any(len(name) > 3 for name in names)
+        axis.set_xticks(range(len(names)), names, rotation=60 if turned else 0, ha="right" if turned else "center")
         axis.set_yticks(range(len(names)), names)
-        _numbers(axis, shares, ".0f", shares.max() / 2)
-    step = found["classes_per_cell"]
-    unit = ", by number" if step == 1 else f", {step} neighbours a cell"
+        _numbers(axis, np.where(counts > 0, shares, np.nan), ".0f", shares.max() / 4, light_above=True)
+    unit = ", by number" if step == 1 else f", by number; a cell is of {step} neighbours"
     named = grouped or len(shares) <= MOST_NAMES
     axis.set(xlabel="second-best class" + ("" if named else unit), ylabel="label" + ("" if named else unit))
     if grouped:
@@ -133,8 +141,8 @@ def _group_axes(axis: Axes, groups: Content, order: Any) -> None:
     sizes = np.bincount(groups["of_class"], minlength=len(groups["names"]))
     ends = np.cumsum(sizes)
     for end in ends[:-1]:
-        axis.axhline(end - 0.5, color="white", linewidth=0.3)
-        axis.axvline(end - 0.5, color="white", linewidth=0.3)
+        axis.axhline(end - 0.5, color="0.75", linewidth=0.5)
+        axis.axvline(end - 0.5, color="0.75", linewidth=0.5)
     axis.set_yticks(ends - (sizes + 1) / 2, [name.replace("_", " ") for name in groups["names"]], fontsize=8.5)
     axis.set_xticks([])
 
@@ -156,7 +164,7 @@ def confidence(figure: Figure, content: Content) -> None:
             axis.plot(*zip(*points, strict=True), style, color=colour, label=text)
     axis.set(xlabel="generation", ylabel="mean probability", ylim=(0, 1.03))
     axis.set_xticks(generations)
-    _finish(axis, f"Confidence on {content['training_images']:,} training images")
+    _finish(figure, axis, f"Confidence on {content['training_images']:,} training images")
 
 
 def groups(figure: Figure, content: Content) -> None:
@@ -170,7 +178,7 @@ def groups(figure: Figure, content: Content) -> None:
     highest = max(max(row["others"] for row in told), chance)
     axis.set(xlabel="generation", ylabel="of the label's group, mean of 4", ylim=(0, 1.25 * highest))
     axis.set_xticks(generations)
-    _finish(axis, "The 4 highest-scored classes other than the label, training images")
+    _finish(figure, axis, "The 4 highest-scored classes other than the label, training images")
 
 
 def calibration(figure: Figure, content: Content) -> None:
@@ -189,7 +197,7 @@ def calibration(figure: Figure, content: Content) -> None:
         axis.plot(confidence, accuracy, style, color=colour, label=f"{name}: ECE {told['ece']:.3f}")
     axis.set(xlabel="mean p_a1 of a bin", ylabel="accuracy of a bin", xlim=(0, 1), ylim=(0, 1))
     title = f"Calibration on {_samples(content)}, bins of {LEAST_BIN_IMAGES} images or more"
-    _finish(axis, title)
+    _finish(figure, axis, title)
 
 
 def pairs(figure: Figure, content: Content) -> None:
@@ -202,12 +210,14 @@ def pairs(figure: Figure, content: Content) -> None:
         (kl, 0.0, kl.max(), ".3f", "cividis_r", "Mean KL(p_a || p_b), nats"),
     )
     for axis, (values, low, high, form, colours, title) in zip(figure.subplots(1, 2), shown, strict=True):
-        axis.imshow(values, cmap=colours, vmin=low, vmax=high)
+        image = axis.imshow(values, cmap=colours, vmin=low, vmax=high)
         axis.set_xticks(range(len(names)), names)
         axis.set_yticks(range(len(names)), names)
         if len(names) <= MOST_NUMBERS:
             middle = (low + high) / 2
             _numbers(axis, values, form, middle, light_above=colours.endswith("_r"))
+        else:
+            figure.colorbar(image, ax=axis, location="bottom")
         axis.set_title(title, fontsize=11)
         axis.set(xlabel="generation b", ylabel="generation a")
     figure.suptitle(f"Generations beside each other, {_samples(content)}", fontsize=11)
@@ -225,7 +235,7 @@ def ensembles(figure: Figure, content: Content) -> None:
     counts = {point["members"] for recipe in content["comparison"] for point in recipe["points"]}
     axis.set(xlabel="members of the ensemble, m", ylabel="top-1 error, percent")
     axis.set_xticks(sorted(counts))
-    _finish(axis, f"Ensembles on {_samples(content)}{_bars(content)}")
+    _finish(figure, axis, f"Ensembles on {_samples(content)}{_bars(content)}")
 
 
 def time(figure: Figure, content: Content) -> None:
@@ -235,13 +245,16 @@ def time(figure: Figure, content: Content) -> None:
     unit_seconds, unit = next((size, name) for least, size, name in SECONDS if longest >= least)
     alone, together = _taken("seconds_alone", unit_seconds), _taken("seconds_together", unit_seconds)
     for recipe, colour, marker in _recipes(content):
-        _line(axis, recipe, "top1_error", alone, f"{marker}-", colour, f"{_label(recipe)}, alone")
+        # Networks that nobody taught are no sequence: each took its own time.
+        taught = all(point["role"] != "independent" for point in recipe["points"])
+        style = f"{marker}-" if taught else marker
+        _line(axis, recipe, "top1_error", alone, style, colour, f"{_label(recipe)}, alone")
         if len(recipe["points"]) > 1:
             name = f"{_label(recipe)}, ensemble of 0..g"
             _line(axis, recipe, "ensemble_top1_error", together, f"{marker}:", colour, name, filled=False)
     axis.set(xlabel=f"{unit} of training steps, teachers' included", ylabel="top-1 error, percent")
     axis.set_xlim(left=0)
-    _finish(axis, f"Error and training time, {_samples(content)}{_bars(content)}")
+    _finish(figure, axis, f"Error and training time, {_samples(content)}{_bars(content)}")
 
 
 def _recipes(content: Content) -> list[tuple[Content, str, str]]:
@@ -307,9 +320,11 @@ def _samples(content: Content) -> str:
 
 
 def _numbers(axis: Axes, values: Any, form: str, middle: float, *, light_above: bool = False) -> None:
-    """Writes each cell's number: dark on the light end of the colours, which is the high one unless they are turned."""
+    """Writes each cell's number, if it is one: dark on the light end of the colours, the high one unless turned."""
     size = 9 if len(values) <= 6 else 7.5
     for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
         dark = (value >= middle) != light_above
         axis.text(column, row, f"{value:{form}}", ha="center", va="center", size=size, color="k" if dark else "w")
 
@@ -321,8 +336,9 @@ def _steps(count: int) -> list[Any]:
     return [colormaps["cividis"](place) for place in np.linspace(0, 0.88, max(count, 1))]
 
 
-def _finish(axis: Axes, title: str) -> None:
+def _finish(figure: Figure, axis: Axes, title: str) -> None:
     axis.set_title(title, fontsize=11)
     axis.grid(alpha=0.3)
-    _, names = axis.get_legend_handles_labels()
-    axis.legend(fontsize=9, ncols=1 if len(names) <= 8 else 2)
+    # Below the axes, where it hides nothing.
+    lines, names = axis.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", fontsize=9, ncols=2)

@@ -10,27 +10,30 @@ from rich.table import Table
 from fastgen.tables import new_table
 
 Content = Mapping[str, Any]
-# Wider matrices do not fit into a terminal; analysis.json holds them.
-MOST_COLUMNS = 12
+# Wider matrices do not fit into a terminal; analysis.json holds all of them.
+MOST_COLUMNS = 10
 # Most frequent pairs of label and second-best class that are printed.
 PRINTED_PAIRS = 8
 
 
 def all_tables(content: Content) -> list[Table]:
     """All that the content tells, in the order of the figures."""
-    tables = [
-        _scores(content),
-        _confidence(content),
-        *(_second_best(content, found) for found in content["second_best"]),
-    ]
-    tables.append(_calibration(content))
+    second_best = [_second_best(content, found) for found in content["second_best"]]
+    groups = [_groups(content)] if content["groups"] is not None else []
+    tables = [_scores(content), _confidence(content), *groups, *second_best, _calibration(content)]
+    return [*tables, *_pairs(content), _comparison(content)]
+
+
+def _pairs(content: Content) -> list[Table]:
     rows = content["generations"]
-    if content["pairs"] is not None and len(rows) <= MOST_COLUMNS:
-        agreement = [[100 * share for share in row] for row in content["pairs"]["agreement"]]
-        title = f"pairs of generations a, b on {_samples(content)}: rank the same class first, percent"
-        tables.append(_matrix(title, rows, agreement, 2))
-        tables.append(_matrix("... and mean KL(p_a || p_b), nats", rows, content["pairs"]["kl"], 4))
-    return [*tables, *_comparison(content)]
+    if content["pairs"] is None:
+        return []
+    shown = rows[-MOST_COLUMNS:]
+    part = "" if len(shown) == len(rows) else f" (the last {len(shown)} of {len(rows)})"
+    title = f"pairs of generations a, b{part} on {_samples(content)}: rank the same class first, percent"
+    agreement = [[100 * share for share in row] for row in content["pairs"]["agreement"]]
+    kl = _matrix("... and mean KL(p_a || p_b), nats", shown, content["pairs"]["kl"], 4)
+    return [_matrix(title, shown, agreement, 2), kl]
 
 
 def _scores(content: Content) -> Table:
@@ -44,40 +47,36 @@ def _scores(content: Content) -> Table:
 
 
 def _confidence(content: Content) -> Table:
-    """Confidence beside the laws, and which secondary classes share the label's group."""
-    grouped = content["groups"] is not None
-    headings = ["generation", "error %", "mean p_a1", "mean p_y", "f_g", "f_g(s)", "classes 2..5"]
-    title = "... confidence beside the laws, mass of classes 2..5"
-    if grouped:
-        headings += ["4 others", "top 5", "mass in group", "by chance"]
-        title += "; of the label's group: how many of the 4 next classes, of the top 5, and which mass beside p_y"
-    table = new_table(title, headings, wrap=True)
+    """Confidence beside the laws."""
+    headings = ("generation", "error %", "mean p_a1", "mean p_y", "f_g", "f_g(s)", "classes 2..5")
+    table = new_table("... confidence beside the laws f_g and f_g(s), and mass of classes 2..5", headings)
     for row in content["generations"]:
         told = row["training"]
         laws = [told[name] for name in ("mean_confidence", "mean_label_confidence", "ideal_confidence")]
         laws += [told["ideal_confidence_at_share"], told["secondary_mass"]]
-        cells = [_number(told["top1_error"], 2), *(_number(value, 3) for value in laws)]
-        if grouped:
-            near = told["in_group"]
-            cells += [_number(near[name], 3) for name in ("others", "top5", "mass", "mass_by_chance")]
-        table.add_row(_name(row), *cells)
-    if grouped:
-        near = content["generations"][0]["training"]["in_group"]
-        chances = [f"{near['others_by_chance']:.3f}", f"{near['top5_by_chance']:.3f}", "", ""]
-        table.add_row("by chance", *[""] * 6, *chances)
+        table.add_row(_name(row), _number(told["top1_error"], 2), *(_number(value, 3) for value in laws))
+    return table
+
+
+def _groups(content: Content) -> Table:
+    """Which secondary classes share the label's group."""
+    title = "... of the label's group: how many of the 4 highest-scored other classes, of the top 5; mass beside p_y"
+    table = new_table(title, ("generation", "of 4 others", "of top 5", "mass", "mass by chance"))
+    for row in content["generations"]:
+        near = row["training"]["in_group"]
+        table.add_row(_name(row), *(_number(near[name], 3) for name in ("others", "top5", "mass", "mass_by_chance")))
+    table.add_row("by chance", *(_number(near[name], 3) for name in ("others_by_chance", "top5_by_chance")), "", "")
     return table
 
 
 def _second_best(content: Content, found: Content) -> Table:
     """The most frequent pairs of label and second-best class."""
     pairs = [(images, label, other) for label, row in enumerate(found["frequent"]) for other, images in row]
-    images_of = [sum(row) for row in found["counts"]] if found["classes_per_cell"] == 1 else None
     title = f"most frequent second-best classes of generation {found['generation']}, training images"
     table = new_table(title, ("label", "second-best", "images", "% of the label's"), ("label", "second-best"))
     names = content["class_names"]
     for images, label, other in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:PRINTED_PAIRS]:
-        share = "-" if images_of is None else f"{100 * images / images_of[label]:.1f}"
-        table.add_row(names[label], names[other], str(images), share)
+        table.add_row(names[label], names[other], str(images), f"{100 * images / found['images'][label]:.1f}")
     return table
 
 
@@ -92,29 +91,30 @@ def _calibration(content: Content) -> Table:
 
 
 def _matrix(title: str, rows: Sequence[Content], values: Sequence[Sequence[float]], digits: int) -> Table:
+    """The last rows and columns of a matrix, as many as there are generations given."""
     table = new_table(title, ("a", *(f"b = {row['generation']}" for row in rows)))
-    for row, cells in zip(rows, values, strict=True):
-        table.add_row(_name(row), *(f"{cell:.{digits}f}" for cell in cells))
+    last = len(rows)
+    for row, cells in zip(rows, values[-last:], strict=True):
+        table.add_row(_name(row), *(f"{cell:.{digits}f}" for cell in cells[-last:]))
     return table
 
 
-def _comparison(content: Content) -> list[Table]:
+def _comparison(content: Content) -> Table:
     """Errors, alone and together, and the training steps that they take."""
-    headings = ("recipe", "g", "runs", "top-1 %", "first g+1 %", "last g+1 %", "NLL", "p_a1", "s alone", "s together")
+    headings = ("recipe", "generation", "runs", "top-1", "first g+1", "last g+1", "s alone", "s together")
     title = (
         f"errors on {_samples(content)}, percent: alone, and mean softmax of the first and the last g+1 networks; "
         "seconds of training steps"
     )
-    table = new_table(title, headings, ("recipe", "g"), wrap=True)
+    table = new_table(title, headings, ("recipe", "generation"), wrap=True)
     for recipe in content["comparison"]:
         for place, point in enumerate(recipe["points"]):
             errors = ("top1_error", "ensemble_top1_error", "last_members_top1_error")
-            cells = [*(_mean(point[name], 2) for name in errors), _mean(point["nll"], 3)]
-            cells += [_mean(point["mean_confidence"], 3)]
+            cells = [_mean(point[name], 2) for name in errors]
             cells += [_mean(point[name], 0) for name in ("seconds_alone", "seconds_together")]
             name = recipe["name"] if place == 0 else ""
             table.add_row(name, f"{point['generation']} {point['role']}", str(point["runs"]), *cells)
-    return [table]
+    return table
 
 
 def _mean(value: Content | None, digits: int) -> str:

@@ -1,5 +1,6 @@
 """The command with --analyse on small runs: against their own results, other runs, and what is not there."""
 
+import io
 import json
 import math
 import os
@@ -18,6 +19,9 @@ from torch import nn
 from fastgen.analysis import looked_at
 from fastgen.analysis_columns import evaluation_columns, joined
 from fastgen.analysis_content import ABOUT
+from fastgen.analysis_figures import draw_all
+from fastgen.analysis_measures import in_blocks
+from fastgen.analysis_tables import all_tables
 from fastgen.augment import Normaliser
 from fastgen.crops import ShiftCrop
 from fastgen.data.resident import ResidentLoader
@@ -128,6 +132,35 @@ def test_figures_are_drawn_on_a_light_background(runs, taught):
         assert pixels.shape[1] == 1050
         assert (pixels[0, 0], pixels.min() < 80) == (255, True)
         assert len(np.unique(pixels)) > 20
+
+
+def test_many_generations_and_a_thousand_classes_are_drawn_and_printed(taught, tmp_path):
+    """What takes weeks to train: the content of three generations, repeated, and counts in blocks of ten classes."""
+    content = dict(taught)
+    content["generations"] = [dict(taught["generations"][g % 3], generation=g) for g in range(14)]
+    content["pairs"] = {
+        name: [[values[a % 3][b % 3] + a for b in range(14)] for a in range(14)]
+        for name, values in taught["pairs"].items()
+    }
+    content["class_names"] = [f"class_{label}" for label in range(1000)]
+    counts = torch.randint(0, 9, (1000, 1000), generator=torch.Generator().manual_seed(0)).fill_diagonal_(0)
+    most = counts.sort(dim=1, descending=True, stable=True)
+    frequent = torch.stack([most.indices, most.values], 2)[:, :5].tolist()
+    blocks, images = in_blocks(counts, 10).tolist(), counts.sum(1).tolist()
+    shared = {"classes_per_cell": 10, "counts": blocks, "images": images, "frequent": frequent}
+    content["second_best"] = [{"generation": 13, **shared}]
+    (tmp_path / "analysis_second_best_9.png").write_bytes(b"of a shorter run")
+    written = draw_all(tmp_path, content)
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+    assert tmp_path / "analysis_second_best_13.png" in written
+    console = Console(width=120, record=True, file=io.StringIO())
+    for table in all_tables(content):
+        console.print(table)
+    shown = console.export_text()
+    # The last ten: a column for 13, none for 3.
+    assert ("b = 13" in shown, "b = 4 " in shown, "b = 3 " in shown) == (True, True, False)
+    assert "(the last 10 of 14)" in shown
+    assert "…" not in shown
 
 
 def test_tables_and_notes_are_printed(runs, capsys):
