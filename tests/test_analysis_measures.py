@@ -24,7 +24,8 @@ from fastgen.analysis_measures import (
 )
 from fastgen.measuring import Tally, measure_ensemble
 
-CLASSES, GROUPS, SAMPLES = 20, 5, 301
+# 303 steps between the samples: no percentile falls on one of them.
+CLASSES, SAMPLES = 20, 304
 # A softmax of C fp32 logits: C + 8 roundings of 2^-24 each, relative, and |z| 2^-24 of the logits' differences (< 20).
 UNIT = (CLASSES + 8 + 20) * 2.0**-24
 
@@ -233,7 +234,7 @@ def test_reliability_equals_the_definition():
     found = reliability(confidence, hit)
     gaps = 0.0
     for b in range(15):
-        # The edges of the bins are thirds and fifths: no drawn confidence lies on one.
+        # No drawn confidence lies on an edge of a bin.
         within = (p.max(1) >= b / 15) & (p.max(1) < (b + 1) / 15)
         assert found.images[b] == within.sum()
         if not within.any():
