@@ -91,7 +91,8 @@ def sorted_scores(figure: Figure, content: Content) -> None:
     ranks, low, high = range(1, len(bands) + 1), content["percentiles"][0], content["percentiles"][-1]
     text = f"percentiles {low} to {high}, generation {rows[0]['generation']}"
     axis.fill_between(ranks, bands[:, 0], bands[:, -1], color="0.5", alpha=0.2, linewidth=0, label=text)
-    for other, colour, marker in zip(content["patriarchs"], RECIPE_COLOURS[1:], MARKERS[1:], strict=False):
+    for number, other in enumerate(content["patriarchs"], 1):
+        colour, marker = RECIPE_COLOURS[number % len(RECIPE_COLOURS)], MARKERS[number % len(MARKERS)]
         means = other["sorted_scores"]
         name = f"first of {Path(other['run']).name}"
         axis.plot(range(1, len(means) + 1), means, f"{marker}--", color=colour, label=name)
