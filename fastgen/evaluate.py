@@ -1,9 +1,10 @@
 """Measures networks: errors, ensemble, confidence, calibration. Also a command.
 
-    python -m fastgen.evaluate RUN_FOLDER [--section.key=value ...]
+    python -m fastgen.evaluate RUN_FOLDER [--analyse [--against RUN_FOLDER ...]] [--section.key=value ...]
     python -m fastgen.evaluate WEIGHTS.safetensors --cfg RECIPE.yaml [--section.key=value ...]
 
-The command is one process. How networks are measured, by one process or several: `measuring.py`.
+The command is one process. How networks are measured, by one process or several: `measuring.py`. What `--analyse` tells
+besides: `analysis.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from fastgen.arguments import split_words
 from fastgen.augment import Normaliser
 from fastgen.checkpoint import load_weights
 from fastgen.config import Recipe
@@ -28,8 +30,11 @@ from fastgen.distributed import ALONE, Group
 from fastgen.errors import UserError, command
 from fastgen.measuring import Examination, Measurement, measure, measure_ensemble
 from fastgen.models import build_model
+from fastgen.progress import Display, PatientConsole
 from fastgen.recipe import read_recipe
 from fastgen.tables import measurement_table, print_table
+
+USAGE = "python -m fastgen.evaluate RUN_FOLDER [--analyse [--against RUN_FOLDER ...]]"
 
 
 class WithFacts(Protocol):
@@ -79,21 +84,54 @@ def load_network(
 def main(words: Sequence[str]) -> None:
     """The command."""
     if "--help" in words or "-h" in words:
-        read_recipe(words, command="python -m fastgen.evaluate RUN_FOLDER, or WEIGHTS.safetensors and")
+        read_recipe(words, command=f"{USAGE}, or WEIGHTS.safetensors and")
+    # A word without a value, which `split_words` does not know.
+    analysed, words = "--analyse" in words, [word for word in words if word != "--analyse"]
+    against, words = _against(words)
     if not words or words[0].startswith("-"):
         raise UserError(
-            "usage: python -m fastgen.evaluate RUN_FOLDER [--section.key=value ...], or "
+            f"usage: {USAGE} [--section.key=value ...], or "
             "python -m fastgen.evaluate WEIGHTS.safetensors --cfg RECIPE.yaml [--section.key=value ...]"
         )
+    if against and not analysed:
+        raise UserError("--against compares analyses: give --analyse too")
     target, rest = Path(words[0]), list(words[1:])
+    if analysed and not target.is_dir():
+        raise UserError(f"{target}: --analyse needs a run folder")
     networks = _networks_of(target)
     if target.is_dir() and not any(word.startswith("--cfg") for word in rest):
         rest = [f"--cfg={target / 'recipe.yaml'}", *rest]
     recipe = read_recipe(rest, command="python -m fastgen.evaluate")
+    if analysed:
+        _analyse(recipe, target, against)
+        return
     dataset = open_dataset(recipe)
     device = choose_device(recipe.run)
     rows = _measure_all(recipe, dataset, networks, device)
     print_table(measurement_table(rows, dataset))
+
+
+def _against(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The run folders to compare with, and the other words."""
+    own, rest = split_words(words, ("--against",), many=("--against",))
+    folders = [word.partition("=")[2] if "=" in word else word for word in own if word != "--against"]
+    if len(folders) < sum(word == "--against" for word in own) or "" in folders:
+        raise UserError("--against has no value: give --against RUN_FOLDER")
+    return [Path(folder) for folder in folders], rest
+
+
+def _analyse(recipe: Recipe, folder: Path, against: Sequence[Path]) -> None:
+    from fastgen.analysis import analyse, write_analysis
+    from fastgen.analysis_figures import draw_all
+    from fastgen.analysis_tables import all_tables
+
+    content = analyse(recipe, folder, against, Display(PatientConsole()))
+    written = [write_analysis(folder, content), *draw_all(folder, content)]
+    for table in all_tables(content):
+        print_table(table)
+    for line in content["notes"]:
+        print(line)
+    print("  ".join(map(str, written)))
 
 
 def _networks_of(target: Path) -> list[tuple[str, Path]]:

@@ -1,0 +1,222 @@
+"""Runs beside each other, from what their folders tell: errors by ensemble size and by training time, recipe by recipe.
+
+Nothing passes through a network here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgen.config import hash_of
+from fastgen.errors import UserError
+from fastgen.nodes import read_json
+from fastgen.recipe import load_text
+
+# Version of analysis.json: raised whenever what it tells gets another meaning.
+ANALYSIS_FORMAT = 1
+ANALYSIS_FILE = "analysis.json"
+# Of a row of results.json; the rest of a row is made here.
+TOLD = ("top1_error", "ensemble_top1_error", "nll", "ece", "mean_confidence", "mean_label_confidence", "topk_share")
+TIMES = ("seconds_alone", "seconds_together")
+LAST_MEMBERS = "last_members_top1_error"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run that has been measured.
+
+    Attributes:
+        folder: its run folder.
+        recipe: all settings by section, resolved.
+        key: the same for runs that differ in seeds, places and the like alone.
+        results: content of results.json, with at least one generation.
+        data: hash of the training images that it is of.
+        device: name of what it trained on.
+    """
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    key: str
+    results: Mapping[str, Any]
+    data: str
+    device: str
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.folder.resolve().name
+
+    @property
+    def evaluation(self) -> tuple[str, str, int]:
+        """What it was measured on: data set, which part of it, how many samples."""
+        dataset, part = self.results["dataset"], self.results["evaluated_on"]
+        return dataset, part, self.results["generations"][-1]["samples_evaluated"]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads a run folder.
+
+    Raises:
+        UserError: it is none, nothing of it is measured yet, or a file of it is damaged.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder}: is no run folder (it has no recipe.yaml)")
+    if not (folder / "results.json").is_file():
+        raise UserError(f"{folder}: no generation is measured yet (it has no results.json): train it first")
+    results = read_json(folder / "results.json")
+    plan = _read_list(folder / "plan.json")
+    recipe = load_text((folder / "recipe.yaml").read_text(), str(folder / "recipe.yaml"))
+    device = read_json(folder / "environment.json")["device"]
+    data = plan[0]["identity"]["data"]["hash"]
+    return RunRecord(folder, recipe.as_dict(), _key(recipe.identity()), results, data, device)
+
+
+def _read_list(path: Path) -> list[Any]:
+    """plan.json holds a list, which `read_json` refuses."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file: start the run's own command again") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}): start the run's own command again") from None
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{path}: is damaged (no list of generations): start the run's own command again")
+    return value
+
+
+def _key(identity: Mapping[str, Mapping[str, Any]]) -> str:
+    seeds = {"run": {"init_seed"}, "data": {"seed"}}
+    kept = {
+        section: {name: value for name, value in settings.items() if name not in seeds.get(section, ())}
+        for section, settings in identity.items()
+    }
+    return hash_of(kept)
+
+
+def require_comparable(first: RunRecord, others: Sequence[RunRecord]) -> None:
+    """Errors are compared on the same images alone, of networks that learned from the same data set.
+
+    Raises:
+        UserError: a run was measured on others, or is named twice.
+    """
+    seen = {first.folder.resolve()}
+    for other in others:
+        if other.folder.resolve() in seen:
+            raise UserError(f"--against {other.folder}: this run is named twice: keep one")
+        seen.add(other.folder.resolve())
+        if other.evaluation != first.evaluation:
+            raise UserError(
+                f"--against {other.folder}: was measured on {_told(other)}, {first.folder} on {_told(first)}: "
+                "name runs of the same data, holdout and val_limit"
+            )
+        if other.data != first.data:
+            raise UserError(
+                f"--against {other.folder}: its training images are not those of {first.folder} (another hash): "
+                "name runs of the same data"
+            )
+
+
+def _told(run: RunRecord) -> str:
+    dataset, part, samples = run.evaluation
+    return f"{samples:,} {part} images of {dataset}"
+
+
+def rows_of(run: RunRecord) -> list[dict[str, Any]]:
+    """A row a generation: what results.json tells of it (None: not known), and the training that it took.
+
+    `seconds_alone` is what this network alone takes: its own training and, of a student, that of the generation before.
+    `seconds_together` is the training of all generations so far, which their ensemble takes.
+    Both count `train_seconds`, the training steps, and no evaluation or saving.
+    """
+    rows: list[dict[str, Any]] = []
+    for given in run.results["generations"]:
+        before = rows[-1] if rows else None
+        taught = before is not None and given["role"] == "student"
+        alone = given["train_seconds"] + (before["seconds_alone"] if before is not None and taught else 0.0)
+        together = given["train_seconds"] + (before["seconds_together"] if before is not None else 0.0)
+        row = {"generation": given["generation"], "role": given["role"], "node": given["node"]}
+        row |= {name: given.get(name) for name in TOLD}
+        rows.append(row | {"members": len(rows) + 1, "seconds_alone": alone, "seconds_together": together})
+    return rows
+
+
+def read_analysis(run: RunRecord) -> dict[str, Any] | None:
+    """What `--analyse` wrote for this run; None: it did not, or of other networks or samples than results.json."""
+    path = run.folder / ANALYSIS_FILE
+    found = read_json(path) if path.is_file() else None
+    if found is None or found.get("format") != ANALYSIS_FORMAT:
+        return None
+    return found if describes(found, run) else None
+
+
+def describes(content: Mapping[str, Any], run: RunRecord) -> bool:
+    """Whether an analysis is of the very networks and evaluation samples that results.json tells of."""
+    nodes = [row["node"] for row in content["generations"]]
+    on = content["dataset"], content["evaluated_on"]["part"], content["evaluated_on"]["samples"]
+    return on == run.evaluation and nodes == [row["node"] for row in run.results["generations"]]
+
+
+def names_of(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
+    """Runs by recipe, seeds aside, in order; each recipe under a name of its own, taken from its folders' names."""
+    by_key: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        by_key.setdefault(run.key, []).append(run)
+    named: list[tuple[str, list[RunRecord]]] = []
+    for group in by_key.values():
+        name = _common_begin([run.name for run in group]).rstrip("-_. ") or group[0].name
+        taken = {other for other, _ in named}
+        # Another recipe may have had the very name: the folder's whole path tells them apart.
+        named.append((str(group[0].folder) if name in taken else name, group))
+    return named
+
+
+def _common_begin(names: Sequence[str]) -> str:
+    """What all names begin with."""
+    letters = itertools.takewhile(lambda same: len(set(same)) == 1, zip(*names, strict=False))
+    return "".join(letter for letter, *_ in letters)
+
+
+def beside(runs: Sequence[tuple[RunRecord, Mapping[str, Any] | None]]) -> list[dict[str, Any]]:
+    """Recipes beside each other: mean and standard deviation over their runs, generation by generation.
+
+    Args:
+        runs: each with its analysis, where there is one.
+
+    Returns:
+        of each recipe: `name`, `runs` (folders), and `points`, a row a generation with `generation`, `members`, `runs`
+        (how many have it) and, of each measure that all of these tell, `mean` and `deviation` (n - 1 in the
+        denominator; None of a single run), else None.
+    """
+    analyses = {run.folder: analysis for run, analysis in runs}
+    recipes = []
+    for name, group in names_of([run for run, _ in runs]):
+        rows = [row for run in group for row in _with_last_members(rows_of(run), analyses[run.folder])]
+        generations = sorted({row["generation"] for row in rows})
+        points = [_point([row for row in rows if row["generation"] == generation]) for generation in generations]
+        recipes.append({"name": name, "runs": [str(run.folder) for run in group], "points": points})
+    return recipes
+
+
+def _with_last_members(rows: list[dict[str, Any]], analysis: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    told = analysis["ensembles"][LAST_MEMBERS] if analysis is not None else [None] * len(rows)
+    return [row | {LAST_MEMBERS: error} for row, error in zip(rows, told, strict=True)]
+
+
+def _point(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    point: dict[str, Any] = {name: rows[0][name] for name in ("generation", "members", "role")}
+    point["runs"] = len(rows)
+    for name in (*TOLD, *TIMES, LAST_MEMBERS):
+        values = [row[name] for row in rows]
+        known = all(value is not None for value in values)
+        point[name] = {"mean": statistics.mean(values), "deviation": _deviation(values)} if known else None
+    return point
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
