@@ -271,6 +271,9 @@ class GenSettings:
     temperature: Numbers = setting(
         1.0, "softening of teacher and student in the distillation term; a list gives one value a student"
     )
+    ensemble_teachers: int = setting(
+        1, "a student's teacher is the mean prediction of up to so many generations before it", silent=True
+    )
     only: int | None = setting(
         None, "train this generation alone; teacher_weight and temperature on the command line then hold for it alone"
     )

@@ -209,7 +209,7 @@ def _part(run: Run, folder: Path, generation: Generation) -> Training:
     """Trains a generation that is not the last one."""
     place = folder / "trainings" / generation.node
     words = ("--cfg", str(recipe_path(folder, run)), f"--gen.only={generation.index}", f"--run.dir={place}")
-    needs = frozenset() if generation.teacher is None else frozenset({generation.teacher})
+    needs = frozenset(generation.members)
     name = f"generation {generation.index} of {run.name}"
     return Training(name, words, needs, generation.node, (place, _node_folder(run, generation)))
 

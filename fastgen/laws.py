@@ -58,7 +58,9 @@ def smoothed_confidence(smoothing: float, classes: int) -> float:
     return 1 - smoothing * (classes - 1) / classes
 
 
-def ideal_confidence(confidence: float, teacher_weight: float | Sequence[float], generation: int) -> float:
+def ideal_confidence(
+    confidence: float, teacher_weight: float | Sequence[float], generation: int, teachers: int = 1
+) -> float:
     """Confidence of the exact minimisers along the generations: f_g = 1 - lambda_g (1 - f_{g-1}).
 
     With one lambda this is f_g = 1 - lambda^g (1 - f_0): each student minimises Eqn (4) with
@@ -69,9 +71,11 @@ def ideal_confidence(confidence: float, teacher_weight: float | Sequence[float],
         confidence: f_0 of the patriarch.
         teacher_weight: lambda of every student, or one value for each student 1..G.
         generation: g, 0 for the patriarch.
+        teachers: how many generations before it teach each student, by their mean: then f_{g-1} is the mean of theirs.
     """
     weights = teacher_weight if isinstance(teacher_weight, Sequence) else [teacher_weight] * generation
-    ideal = confidence
+    ideals = [confidence]
     for weight in weights[:generation]:
-        ideal = 1 - weight * (1 - ideal)
-    return ideal
+        taught_by = ideals[-teachers:]
+        ideals.append(1 - weight * (1 - sum(taught_by) / len(taught_by)))
+    return ideals[-1]

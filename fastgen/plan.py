@@ -82,7 +82,8 @@ class Generation:
     Attributes:
         index: 0 for the patriarch.
         objective: what it minimises.
-        teacher: id of the teacher's node; None: it learns from labels alone.
+        teacher: id of the teacher's node, or of an ensemble of nodes; None: it learns from labels alone.
+        members: ids of all nodes that teach it; none where the recipe names the teacher's weights.
         teacher_weights: path of the teacher's weights where the recipe names them; None: the
             node store knows where they are.
         init_seed: of the initial weights; differs from that of every other generation.
@@ -96,6 +97,7 @@ class Generation:
     role: Role
     objective: Objective
     teacher: str | None
+    members: tuple[str, ...]
     teacher_weights: str | None
     init_seed: int
     data_seed: int
@@ -128,7 +130,7 @@ def make_plan(
     plan: list[Generation] = []
     for index in range(last + 1):
         named = teacher if index == only else None
-        before = plan[-1].node if plan else None
+        before = [generation.node for generation in plan[-recipe.gen.ensemble_teachers :]]
         plan.append(_generation(recipe, _data_identity(recipe, data_hash, pixels), index, before, named))
     return tuple(plan[-1:]) if teacher is not None else tuple(plan)
 
@@ -205,11 +207,12 @@ def _together_identity(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generation(
-    recipe: Recipe, data: dict[str, Any], index: int, before: str | None, named: Teacher | None
+    recipe: Recipe, data: dict[str, Any], index: int, before: Sequence[str], named: Teacher | None
 ) -> Generation:
     objective = _objective(recipe, index)
     taught = objective.teacher_weight > 0
-    teacher_id = (named.id if named else before) if taught else None
+    members = tuple(before) if taught and named is None else ()
+    teacher_id = (named.id if named else ensemble_id(members)) if taught else None
     init_seed = init_seed_of(_seed(recipe.run.init_seed), index)
     data_seed = _seed(recipe.data.seed)
     settings = recipe.identity()
@@ -232,6 +235,7 @@ def _generation(
         role="student" if taught else ("patriarch" if index == 0 else "independent"),
         objective=objective,
         teacher=teacher_id,
+        members=members,
         teacher_weights=named.weights if named and taught else None,
         init_seed=init_seed,
         data_seed=data_seed,
@@ -239,6 +243,11 @@ def _generation(
         identity=identity,
         ideal=None if named else _ideal(recipe, index),
     )
+
+
+def ensemble_id(nodes: Sequence[str]) -> str:
+    """Name of the teacher that the mean prediction of these nodes is; of one node its own."""
+    return nodes[0] if len(nodes) == 1 else f"mean:{hash_of(list(nodes))[:16]}"
 
 
 def _objective(recipe: Recipe, index: int) -> Objective:
@@ -279,7 +288,7 @@ def _ideal(recipe: Recipe, index: int) -> float | None:
     if any(recipe.student_eta(g) for g in range(1, index + 1)):
         return None
     first = _patriarchs_ideal(recipe)
-    return None if first is None else ideal_confidence(first, weights, index)
+    return None if first is None else ideal_confidence(first, weights, index, recipe.gen.ensemble_teachers)
 
 
 def _patriarchs_ideal(recipe: Recipe) -> float | None:

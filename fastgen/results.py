@@ -89,7 +89,9 @@ class Results:
         weights = [recipe.teacher_weight(g) for g in range(1, generation.index + 1)]
         return {
             "ideal_confidence": ideal,
-            "ideal_confidence_at_share": ideal_confidence(start, weights, generation.index),
+            "ideal_confidence_at_share": ideal_confidence(
+                start, weights, generation.index, recipe.gen.ensemble_teachers
+            ),
         }
 
 

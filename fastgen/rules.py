@@ -167,6 +167,11 @@ def _check_gen(recipe: Recipe) -> None:
         f"gen.patriarch = {gen.patriarch} knows no confidence, gen.confidence is {gen.confidence}: "
         "set gen.confidence=1.0 or gen.patriarch=tolerant",
     )
+    _require(gen.ensemble_teachers >= 1, f"gen.ensemble_teachers = {gen.ensemble_teachers}: give 1 or more")
+    _require(
+        gen.teacher is None or gen.ensemble_teachers == 1,
+        "gen.teacher names one teacher, gen.ensemble_teachers asks for several: leave one of them out",
+    )
     _check_patriarch(recipe)
     _check_tolerant_students(recipe, most)
     _check_per_student("teacher_weight", gen.teacher_weight, gen.generations)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from fastgen.schedule import resolution_px
 from fastgen.shapes import group_sizes
 from fastgen.step import DTYPES, Prepare, make_prepare
 from fastgen.stop import Checks
-from fastgen.teacher import FrozenTeacher, Teacher, make_teacher
+from fastgen.teacher import FrozenTeacher, Teacher, make_teacher, mean_teacher
 from fastgen.truncation import truncation
 from fastgen.views import EpochName
 from fastgen.workbench import Workbench
@@ -164,7 +164,7 @@ def make_supply(
     bench: Workbench,
     generation: Generation,
     node: Node,
-    teacher_weights: Path | None,
+    teacher_weights: Sequence[Path],
     stopwatch: Stopwatch,
     sides: Collection[tuple[int, int]],
     held: ExitStack,
@@ -175,7 +175,7 @@ def make_supply(
         bench: of the run.
         generation: to be trained.
         node: its own.
-        teacher_weights: of the generation that teaches it; None: it learns from labels alone.
+        teacher_weights: of the generations that teach it; none: it learns from labels alone.
         stopwatch: of the generation; a label table is charged to its phase `labels`.
         sides: heights and widths of all views that will come.
         held: until the generation's end; the lock of a label store is put there.
@@ -189,7 +189,7 @@ def make_supply(
     jitter, fused = bench.dataset.crop.jitter, train.kernels == "triton"
     means = _means(bench, generation)
     supply = supply_images(bench.train_loader, data.backend, normalise, jitter, fused=fused)
-    if teacher_weights is None:
+    if not teacher_weights:
         return supply if means is None else supply.with_means(means, bench.device)
     settings = bench.recipe.teacher
     if settings.labels == "table":
@@ -255,7 +255,7 @@ def store_kind(recipe: Recipe, dataset: Dataset, teacher: str) -> StoreKind:
 
 
 def _store(
-    bench: Workbench, generation: Generation, weights: Path, held: ExitStack
+    bench: Workbench, generation: Generation, weights: Sequence[Path], held: ExitStack
 ) -> tuple[LabelStore, bool, Callable[[], bool]]:
     """The label store of a generation's teacher; this run adds what it lacks, unless another one does.
 
@@ -285,7 +285,7 @@ def _store(
         if locks:
             store.clear(generation.data_seed, generation.index)
             store.require_room(missing)
-            store.describe(weights)
+            store.describe(weights[-1])
         _tell_store(bench, generation, store, missing, kept=bool(locks))
         return not missing, bool(locks)
 
@@ -330,8 +330,15 @@ def epoch_names(bench: Workbench, generation: Generation) -> list[EpochName]:
     return names
 
 
-def _teacher(bench: Workbench, weights: Path, images: int, shapes: int, group: Group = ALONE) -> FrozenTeacher:
-    """The teacher, for passes of so many images; a group's main process reads its weights for all."""
+def _teacher(
+    bench: Workbench, weights: Sequence[Path], images: int, shapes: int, group: Group = ALONE
+) -> FrozenTeacher:
+    """The teacher, for passes of so many images; of several, their mean prediction."""
+    return mean_teacher([_one_teacher(bench, path, images, shapes, group) for path in weights])
+
+
+def _one_teacher(bench: Workbench, weights: Path, images: int, shapes: int, group: Group) -> FrozenTeacher:
+    """A group's main process reads the weights for all."""
     recipe, facts = bench.recipe, bench.dataset.facts
     own = group.agree(group.in_turn(lambda: teachers_recipe(recipe, weights) if group.main else recipe))
     model = load_network(own, bench.dataset, weights, bench.device, group)
@@ -352,7 +359,7 @@ def _table(
     bench: Workbench,
     generation: Generation,
     node: Node,
-    weights: Path,
+    weights: Sequence[Path],
     images: Supply,
     stopwatch: Stopwatch,
 ) -> LabelTable:
@@ -385,13 +392,13 @@ def _build_table(
     generation: Generation,
     kind: TableKind,
     folder: Path,
-    weights: Path,
+    weights: Sequence[Path],
     images: Supply,
     stop: Checks,
 ) -> None:
     teacher = _teacher(bench, weights, min(TABLE_BATCH, kind.count), 2)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "teacher.json", {"weights": str(weights.absolute())})
+    write_json(folder / "teacher.json", {"weights": str(weights[-1].absolute())})
     what = f"teacher of generation {generation.index} labels {kind.views} views of {kind.count} images"
     with bench.recorder.display.passes(what, kind.views, kind.count) as passed:
         build_table(folder, kind, images.loader, images.prepare, teacher, stop, passed, bench.recorder.say)

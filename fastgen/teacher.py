@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ class FrozenTeacher:
         network: runs it.
         engine: how.
         layers: of engine `fused`: what each convolution runs.
+        members: how many networks it is the mean prediction of.
     """
 
     network: Teacher
     engine: TeacherEngine
     layers: tuple[LayerChoice, ...] = ()
+    members: int = 1
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
         """Normalised images (B, C, H, W) -> logits (B, classes)."""
@@ -42,10 +45,12 @@ class FrozenTeacher:
     @property
     def how(self) -> str:
         """For the record."""
+        mean = f"mean of {self.members}, " if self.members > 1 else ""
         if not self.layers:
-            return self.engine
+            return f"{mean}{self.engine}"
         counts = Counter(layer.variant for layer in self.layers)
-        return f"{self.engine} ({', '.join(f'{count} {variant}' for variant, count in sorted(counts.items()))})"
+        variants = ", ".join(f"{count} {variant}" for variant, count in sorted(counts.items()))
+        return f"{mean}{self.engine} ({variants})"
 
 
 def make_teacher(
@@ -87,3 +92,25 @@ def make_teacher(
     # By the clock on a GPU alone: a CPU's runs repeat bit for bit, and a choice by the clock would not.
     layers = choose_variants(fuse(network), shape, timed=timed and device.type == "cuda")
     return FrozenTeacher(network, engine, layers)
+
+
+def mean_teacher(teachers: Sequence[FrozenTeacher]) -> FrozenTeacher:
+    """An ensemble as one teacher: its "logits" are the logarithm of the mean softmax, as arXiv 1805.05551 ensembles.
+
+    Args:
+        teachers: one or more, by one engine; of one that one is given back.
+
+    Returns:
+        Function of normalised images that gives ln mean_m softmax(logits_m), in the dtype of the members' logits.
+    """
+    if len(teachers) == 1:
+        return teachers[0]
+    first = teachers[0]
+    layers = tuple(layer for teacher in teachers for layer in teacher.layers)
+
+    def network(images_NCHW: Tensor) -> Tensor:
+        logits = [teacher.network(images_NCHW) for teacher in teachers]
+        log_p = torch.stack([each.float().log_softmax(1) for each in logits])
+        return (log_p.logsumexp(0) - math.log(len(teachers))).to(logits[0].dtype)
+
+    return FrozenTeacher(network, first.engine, layers, len(teachers))

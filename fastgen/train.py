@@ -150,7 +150,7 @@ def _run(
         if group.agree(node.finished):
             recorder.say(f"generation {generation.index} ({generation.node}) is trained already")
         else:
-            weights = _teacher_weights(recipe, generation) if group.main else None
+            weights = _teacher_weights(recipe, generation) if group.main else ()
             train_generation(bench, generation, node, group.agree(weights))
         row = results.add(generation, node)
         recorder.event("result", **row)
@@ -207,17 +207,15 @@ def _node_of(recipe: Recipe, generation: Generation) -> Node | None:
     )
 
 
-def _teacher_weights(recipe: Recipe, generation: Generation) -> Path | None:
-    if generation.teacher is None:
-        return None
+def _teacher_weights(recipe: Recipe, generation: Generation) -> tuple[Path, ...]:
+    """Of all that teach a generation, the earliest first; none: it learns from labels alone."""
     if generation.teacher_weights is not None:
-        return Path(generation.teacher_weights)
-    teacher = find_node(_store(recipe), generation.teacher)
-    if teacher is None:
-        raise UserError(
-            f"the teacher of generation {generation.index} ({generation.teacher}) is not in {recipe.run.nodes}"
-        )
-    return teacher.weights
+        return (Path(generation.teacher_weights),)
+    found = [(member, find_node(_store(recipe), member)) for member in generation.members]
+    for member, node in found:
+        if node is None:
+            raise UserError(f"the teacher of generation {generation.index} ({member}) is not in {recipe.run.nodes}")
+    return tuple(node.weights for _, node in found if node is not None)
 
 
 def _require_kernels(recipe: Recipe, device: torch.device) -> None:
@@ -243,13 +241,14 @@ def _require_teachers(recipe: Recipe, plan: Plan) -> None:
     """With gen.only the teacher must be there before anything is begun."""
     planned = {generation.node for generation in plan if generation.train}
     for generation in plan:
-        if not generation.train or generation.teacher in (None, *planned) or generation.teacher_weights is not None:
-            continue
-        if find_node(_store(recipe), str(generation.teacher)) is None:
+        for member in {*generation.members} - planned if generation.train else ():
+            if find_node(_store(recipe), member) is not None:
+                continue
+            taught_by = next(other.index for other in plan if other.node == member)
             raise UserError(
-                f"generation {generation.index} needs its teacher, generation {generation.index - 1} "
-                f"({generation.teacher}), which is not in {recipe.run.nodes}: train the recipe without gen.only first, "
-                "or name a teacher with gen.teacher" + (STORES_RENAME if recipe.teacher.labels == "store" else "")
+                f"generation {generation.index} needs its teacher, generation {taught_by} ({member}), which is not in "
+                f"{recipe.run.nodes}: train the recipe without gen.only first, or name a teacher with gen.teacher"
+                f"{STORES_RENAME if recipe.teacher.labels == 'store' else ''}"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -37,14 +37,14 @@ from fastgen.views import EpochViews
 from fastgen.workbench import Workbench
 
 
-def train_generation(bench: Workbench, generation: Generation, node: Node, teacher_weights: Path | None) -> None:
+def train_generation(bench: Workbench, generation: Generation, node: Node, teacher_weights: Sequence[Path]) -> None:
     """Trains a generation to its end, from its checkpoint if there is one, and finishes its node.
 
     Args:
         bench: recipe, data, device and watchers of the run.
         generation: from the plan.
         node: its folder in the store.
-        teacher_weights: of the generation that teaches it; None: it learns from labels alone.
+        teacher_weights: of the generations that teach it; none: it learns from labels alone.
 
     Raises:
         Stopped: a signal came to one of the processes; the state after the same step of all is saved.
