@@ -25,7 +25,7 @@ from fastgen.device import choose_device
 from fastgen.distributed import ALONE, Group
 from fastgen.errors import UserError, command
 from fastgen.measuring import Examination, Measurement, measure, measure_ensemble
-from fastgen.models import build_model
+from fastgen.models import network_of
 from fastgen.recipe import read_recipe
 from fastgen.tables import measurement_table, print_table
 
@@ -59,7 +59,7 @@ def load_network(
         UserError: the weights are of another network.
         Told: the main process found that, or another fault of the file.
     """
-    model = build_model(recipe.model.name, dataset.facts.classes, dataset.facts.channels, recipe.model.downsample)
+    model = network_of(recipe.model, dataset.facts)
     group.in_turn(lambda: load_weights(weights, model) if group.main else None)
     model.load_state_dict(group.agree(model.state_dict()))
     return model.to(device).to(memory_format=torch.channels_last)
