@@ -24,6 +24,7 @@ from fastgen.data.split import AnySplit, Dataset
 from fastgen.device import choose_device
 from fastgen.distributed import ALONE, Group
 from fastgen.errors import UserError, command
+from fastgen.layout import channels_last
 from fastgen.measuring import Examination, Measurement, measure, measure_ensemble
 from fastgen.models import network_of
 from fastgen.recipe import read_recipe
@@ -62,7 +63,7 @@ def load_network(
     model = network_of(recipe.model, dataset.facts)
     group.in_turn(lambda: load_weights(weights, model) if group.main else None)
     model.load_state_dict(group.agree(model.state_dict()))
-    return model.to(device).to(memory_format=torch.channels_last)
+    return channels_last(model.to(device))
 
 
 def main(words: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from fastgen.data.facts import Facts
 from fastgen.distributed import ALONE, Group
 from fastgen.grade import Grade, make_grade
 from fastgen.gradients import Reducer
+from fastgen.layout import channels_last
 from fastgen.meters import Tally
 from fastgen.models import fresh_network
 from fastgen.optim import make_optimizer, optimizer_state, set_lr
@@ -181,7 +182,7 @@ def new_learner(
         group: of the run.
     """
     model = fresh_network(recipe.model, facts, generation.init_seed)
-    model = model.to(device).to(memory_format=torch.channels_last).train()
+    model = channels_last(model.to(device)).train()
     if recipe.train.batchnorm == "triton":
         from fastgen.models.norm_act import fuse_norm_act
 

@@ -14,6 +14,7 @@ from fastgen.compiling import compiled
 from fastgen.errors import UserError
 from fastgen.folding import fold, fuse
 from fastgen.fused_conv import LayerChoice, choose_variants
+from fastgen.layout import channels_last
 from fastgen.working_copy import WorkingCopy
 
 # Prepared images (B, C, H, W) -> logits (B, classes), without gradient.
@@ -89,12 +90,11 @@ def make_teacher(
     """
     model.eval().requires_grad_(False)
     if engine == "plain":
-        model = model.to(device).to(memory_format=torch.channels_last)
-        return FrozenTeacher(WorkingCopy(model, dtype).network, engine)
+        return FrozenTeacher(WorkingCopy(channels_last(model.to(device)), dtype).network, engine)
     network = _folded(model, engine)
     if checked and shape is not None:
         _require_the_same(network, model, shape, engine)
-    network = network.to(device, dtype).to(memory_format=torch.channels_last)
+    network = channels_last(network.to(device, dtype))
     if engine == "compile":
         return FrozenTeacher(compiled(network, shapes), engine)
     if engine == "folded":

@@ -19,6 +19,7 @@ from fastgen.models import network_of
 from fastgen.models.library import require_known
 from fastgen.networks import library_and_name
 from fastgen.shapes import Shape, part_shapes, view_sizes
+from fastgen.step import DTYPES
 from fastgen.teacher import first_line, make_teacher
 from fastgen.views import Share
 
@@ -49,8 +50,8 @@ def require_usable(recipe: Recipe, dataset: Dataset, world: int, *, taught: bool
     sides = _evaluation_sides(recipe, dataset)
     for side in sides:
         _try_evaluation(recipe, phantom, (2, *side), facts.channels, facts.classes)
-    if taught and recipe.teacher.engine != "plain":
-        make_teacher(network, CPU, torch.float32, "folded", shape=(2, facts.channels, *sides[0]), checked=True)
+    if taught:
+        _try_teaching(recipe, network, (2, facts.channels, *sides[0]))
 
 
 def require_named(name: str) -> None:
@@ -93,6 +94,21 @@ def _try_training(recipe: Recipe, phantom: nn.Module, shape: Shape, channels: in
             f"model.name = {recipe.model.name}: {idle[0]} has no part in its output, so several processes cannot train "
             "it together: set dist.processes=1"
         )
+
+
+def _try_teaching(recipe: Recipe, network: nn.Module, shape: tuple[int, int, int, int]) -> None:
+    """As the recipe's teacher; what is fused or compiled is the folded network all the same."""
+    engine, dtype = recipe.teacher.engine, DTYPES[recipe.train.precision]
+    engine = engine if engine == "plain" else "folded"
+    teacher = make_teacher(network, CPU, dtype, engine, shape=shape, checked=True)
+    try:
+        teacher(torch.zeros(shape, dtype=dtype))
+    except Exception as error:
+        # Folded, all of it is in the dtype of the step, which a library's code may not expect.
+        raise UserError(
+            f"teacher.engine = {engine}: {recipe.model.name} does not run so in {recipe.train.precision} "
+            f"({first_line(error)}): set teacher.engine=plain, or train.precision=fp32"
+        ) from error
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""models/densenet_cifar.py: sizes, the forward pass against plain arithmetic, and what memory_efficient leaves as it is."""
+"""models/densenet_cifar.py: sizes, the forward pass against plain arithmetic, and what memory_efficient changes."""
 
 import copy
 
@@ -187,7 +187,7 @@ def test_memory_efficient_keeps_far_less():
         saved_bytes(initialise(build_model("densenet100", 10, 3, memory_efficient=on), 0).train(), images)
         for on in (False, True)
     )
-    # Seen: 0.363. Of a unit that reads C channels and adds k, 2 C + 9 k planes are kept, and 9 k without the joined ones.
+    # Seen: 0.363. Of a unit that reads C channels, 2 C + 9 k planes are kept, and 9 k without the joined ones.
     assert again < 0.4 * kept
     logits.sum().backward()
 

@@ -29,6 +29,10 @@ def test_the_gate_is_equations_2_to_4():
     gate = initialise(Gate(32), 0).double()
     x = torch.randn(3, 32, 5, 4, generator=generator, dtype=torch.float64)
     w1, w2 = gate.squeeze.weight, gate.excite.weight
+    with torch.no_grad():
+        # Far enough from 0 for the gates to differ.
+        w1.mul_(20)
+        w2.mul_(5)
     assert (tuple(w1.shape), tuple(w2.shape)) == ((2, 32), (32, 2))
     z = x.sum((2, 3)) / 20
     s = 1 / (1 + torch.exp(-(z @ w1.T).clamp(min=0) @ w2.T))

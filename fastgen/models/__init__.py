@@ -11,6 +11,7 @@ from torch import nn
 
 from fastgen.config import ModelSettings
 from fastgen.data.facts import Facts
+from fastgen.layout import channels_last
 from fastgen.models.densenet_cifar import CifarDenseNet
 from fastgen.models.resnet_cifar import CifarResNet
 from fastgen.networks import NETWORKS, library_and_name
@@ -117,13 +118,13 @@ def build_model(
         model = MODELS[name](
             classes=classes, in_channels=in_channels, downsample=downsample, memory_efficient=memory_efficient
         )
-    return model.to_empty(device="cpu").to(memory_format=torch.channels_last)
+    return channels_last(model.to_empty(device="cpu"))
 
 
 def _of_library(library: str, name: str, classes: int, in_channels: int, seed: int) -> nn.Module:
     from fastgen.models.library import library_model
 
-    return library_model(library, name, classes, in_channels, seed).to(memory_format=torch.channels_last)
+    return channels_last(library_model(library, name, classes, in_channels, seed))
 
 
 @torch.no_grad()
