@@ -24,7 +24,6 @@ NETWORKS = [
     ("resnet18", "strided", 64, 20),
     ("resnet34", "strided", 64, 36),
     ("resnet50", "strided", 64, 53),
-    ("se_resnet18", "strided", 64, 20),
 ]
 IDS = [f"{name}-{downsample}" for name, downsample, *_ in NETWORKS]
 

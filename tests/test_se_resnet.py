@@ -6,6 +6,8 @@ import torchvision
 from test_models import some_images, trained_looking
 from torch import nn
 
+from fastgen.folding import fold, fuse
+from fastgen.fused_conv import FusedConv
 from fastgen.models import build_model, initialise, parameter_count
 from fastgen.models.se_resnet import Gate
 
@@ -66,3 +68,20 @@ def test_every_parameter_has_a_gradient():
 def test_forms_that_it_has_not_are_refused(wrong):
     with pytest.raises(ValueError, match="se_resnet18"):
         build_model(**{"name": "se_resnet18", "classes": 10, "in_channels": 3, **wrong})
+
+
+@torch.no_grad()
+def test_a_folded_and_fused_teacher_computes_the_same():
+    model = trained_looking(initialise(build_model("se_resnet18", 10, 3), 0)).double().eval()
+    images = some_images(4, size=64, dtype=torch.float64)
+    expected = model(images)
+    folded, count = fold(model)
+    assert count == 20
+    # 20 layers of at most 4,608 summands, each rounded at 2^-53.
+    allowed = 1e-11 * expected.abs().max().item()
+    torch.testing.assert_close(folded(images), expected, rtol=0, atol=allowed)
+    # A block's sum is of a gate's output and no convolution's: its first half alone is joined, and the stem.
+    fused = fuse(folded)
+    assert sum(isinstance(module, FusedConv) for module in fused.modules()) == 9
+    torch.testing.assert_close(fused(images), expected, rtol=0, atol=allowed)
+    assert expected.std(0).max() > 1e3 * allowed
