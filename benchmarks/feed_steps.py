@@ -21,7 +21,7 @@ from fastgen.data.split import Dataset
 from fastgen.engines import Plant, make_engine
 from fastgen.learner import new_learner
 from fastgen.meters import Tally
-from fastgen.models import build_model, initialise
+from fastgen.models import fresh_network
 from fastgen.plan import Generation
 from fastgen.shapes import part_shapes
 from fastgen.step import DTYPES
@@ -191,8 +191,7 @@ def _taught(case: Case, supply: Supply, batch: Batch) -> Supply:
 def _teacher(case: Case, supply: Supply, batch: Batch) -> FrozenTeacher:
     """An untrained network, whose batch-norms know the images."""
     recipe, facts, seed = case.recipe, case.dataset.facts, case.generations["patriarch"].init_seed
-    network = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
-    network = initialise(network, seed).to(case.device).to(memory_format=torch.channels_last)
+    network = fresh_network(recipe.model, facts, seed).to(case.device).to(memory_format=torch.channels_last)
     return make_teacher(
         calibrate(network, supply.prepare(batch.images_NCHW, batch.jitter).float()),
         case.device,

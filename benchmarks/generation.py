@@ -51,7 +51,7 @@ from fastgen.arguments import Arguments, at_least_one
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import MachineError, UserError, command
 from fastgen.models import MODELS
-from fastgen.rules import PHOTO_MODELS
+from fastgen.networks import PHOTO_MODELS
 from fastgen.step import DTYPES, EngineName
 from fastgen.supply import Supply
 from fastgen.tables import new_table, print_table

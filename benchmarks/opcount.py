@@ -28,6 +28,7 @@ from fastgen.arguments import Arguments
 from fastgen.errors import command
 from fastgen.grade import make_grade
 from fastgen.models import MODELS
+from fastgen.networks import PHOTO_MODELS
 from fastgen.plan import Objective
 from fastgen.step import DTYPES
 from fastgen.tables import new_table, print_table
@@ -172,7 +173,7 @@ def main(words: Sequence[str]) -> None:
 
 def _parse(words: Sequence[str]) -> Any:
     parser = Arguments("benchmarks.opcount", "Counts the operators of losses, teachers and training steps.")
-    cifar = [name for name in MODELS if name not in ("resnet18", "resnet34", "resnet50")]
+    cifar = [name for name in MODELS if name not in PHOTO_MODELS]
     parser.add_argument("--model", default="resnet20", choices=cifar, help="whose step is counted, on 32 pixels")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of opcount.csv")
     return parser.parse_args(words)

@@ -29,8 +29,8 @@ from fastgen.learner import make_learner
 from fastgen.meters import Meter, Tally
 from fastgen.models import build_model, initialise
 from fastgen.models.norm_act import fuse_norm_act
+from fastgen.networks import PHOTO_MODELS
 from fastgen.plan import Objective
-from fastgen.rules import PHOTO_MODELS
 from fastgen.step import DTYPES, EngineName
 from fastgen.supply import Supply, supply_images
 from fastgen.teacher import Teacher, make_teacher

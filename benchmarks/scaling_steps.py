@@ -22,7 +22,7 @@ from fastgen.engines import Plant, make_engine
 from fastgen.errors import UserError
 from fastgen.learner import new_learner
 from fastgen.meters import Tally
-from fastgen.models import build_model, initialise
+from fastgen.models import fresh_network, network_of
 from fastgen.plan import Generation, make_plan
 from fastgen.pulse import Pulse, Wish
 from fastgen.recipe import read_recipe
@@ -140,9 +140,9 @@ def teacher_of(case: Case, supply: Supply, share: Share) -> FrozenTeacher:
     (generation,) = case.generations.values()
     recipe, facts, dtype = case.recipe, case.dataset.facts, DTYPES[case.recipe.train.precision]
     ahead = recipe.teacher.look_ahead_batches
-    network = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
     # Other weights than the student's.
-    network = initialise(network, generation.init_seed ^ 1).to(case.device).to(memory_format=torch.channels_last)
+    network = fresh_network(recipe.model, facts, generation.init_seed ^ 1)
+    network = network.to(case.device).to(memory_format=torch.channels_last)
     batch = _first_batch(case, supply.loader, share)
     network = calibrate(network, supply.prepare(batch.images_NCHW, batch.jitter).float())
     shape = (own_size(case.batch_size, share) * ahead, facts.channels, *case.side_px)
@@ -197,7 +197,7 @@ def make_rig(case: Case, supply: Supply, group: Group, *, summed: bool = True) -
 def gradient_bytes(case: Case) -> int:
     """What a step sums over the processes: fp32, whatever the precision of the step."""
     recipe, facts = case.recipe, case.dataset.facts
-    network = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
+    network = network_of(recipe.model, facts)
     return sum(weight.numel() for weight in network.parameters()) * torch.float32.itemsize
 
 

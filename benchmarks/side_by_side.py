@@ -46,7 +46,7 @@ from fastgen.arguments import Arguments, at_least_one
 from fastgen.data.facts import DATASETS
 from fastgen.errors import UserError, command
 from fastgen.models import MODELS
-from fastgen.rules import PHOTO_MODELS
+from fastgen.networks import PHOTO_MODELS
 from fastgen.step import DTYPES
 from fastgen.tables import new_table, print_table
 

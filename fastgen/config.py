@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from fastgen.data.facts import DATASETS
 from fastgen.laws import eta_for_confidence
+from fastgen.networks import NETWORKS, PHOTO_MODELS
 from fastgen.rules import check_recipe
 
 Numbers = float | tuple[float, ...]
@@ -136,12 +137,19 @@ class DataSettings:
 class ModelSettings:
     """model: the network, the same in every generation"""
 
-    name: Literal[
-        "resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet74", "resnet92", "resnet110",
-        "resnet18", "resnet34", "resnet50",
-    ] = setting(..., "network; resnet18, 34 and 50 are torchvision's, for photographs")  # fmt: skip
+    name: str = setting(
+        ...,
+        f"network: {', '.join(NETWORKS)}, or torchvision/NAME or timm/NAME, as that library initialises it; "
+        f"{', '.join(PHOTO_MODELS)} are for photographs",
+    )
     downsample: Literal["strided", "pooled"] = setting(
         "strided", "strided: He et al.; pooled: average pooling between the stages, as arXiv 1805.05551 words it"
+    )
+    memory_efficient: bool = setting(
+        False,
+        "DenseNets: joined inputs and their batch-norms are computed again in the backward pass instead of kept; the "
+        "same bits, but for engine compile",
+        silent=True,
     )
 
 
@@ -193,10 +201,11 @@ class TrainSettings:
 class TeacherSettings:
     """teacher: how a student's teacher is asked"""
 
-    engine: Literal["folded", "fused", "compile"] = setting(
+    engine: Literal["folded", "fused", "compile", "plain"] = setting(
         "folded",
         "folded: batch-norms folded into convolutions; fused: and convolutions joined with the sums and ReLUs after "
-        "them; compile: torch.compile of the folded network",
+        "them; compile: torch.compile of the folded network; plain: the network as it is, for those that torch.fx "
+        "cannot trace",
         silent=True,
     )
     look_ahead_batches: int = setting(1, "batches of the student that the teacher sees at once", decides=False)
@@ -354,6 +363,9 @@ class Recipe:
         decisive = {name: _decisive(getattr(self, name)) for name in SECTIONS}
         decisive["gen"] |= {"generations": self.gen.generations}
         decisive["data"] |= {"val_limit": self.data.val_limit}
+        if self.train.engine != "compile":
+            # Elsewhere what is computed again is the same bits; a compiler joins operators in another way.
+            decisive["model"].pop("memory_efficient", None)
         decisive["teacher"] |= self.teacher.truncation(DATASETS[self.data.dataset].classes)
         return {name: values for name, values in decisive.items() if values}
 

@@ -28,8 +28,9 @@ from fastgen.data.split import AnySplit, Dataset
 from fastgen.device import choose_device
 from fastgen.distributed import ALONE, Group
 from fastgen.errors import UserError, command
+from fastgen.layout import channels_last
 from fastgen.measuring import Examination, Measurement, measure, measure_ensemble
-from fastgen.models import build_model
+from fastgen.models import network_of
 from fastgen.progress import Display, PatientConsole
 from fastgen.recipe import read_recipe
 from fastgen.tables import measurement_table, print_table
@@ -75,10 +76,10 @@ def load_network(
         UserError: the weights are of another network.
         Told: the main process found that, or another fault of the file.
     """
-    model = build_model(recipe.model.name, dataset.facts.classes, dataset.facts.channels, recipe.model.downsample)
+    model = network_of(recipe.model, dataset.facts)
     group.in_turn(lambda: load_weights(weights, model) if group.main else None)
     model.load_state_dict(group.agree(model.state_dict()))
-    return model.to(device).to(memory_format=torch.channels_last)
+    return channels_last(model.to(device))
 
 
 def main(words: Sequence[str]) -> None:

@@ -19,10 +19,12 @@ from fastgen.data.facts import Facts
 from fastgen.distributed import ALONE, Group
 from fastgen.grade import Grade, make_grade
 from fastgen.gradients import Reducer
+from fastgen.layout import channels_last
 from fastgen.meters import Tally
-from fastgen.models import build_model, initialise
+from fastgen.models import fresh_network
 from fastgen.optim import make_optimizer, optimizer_state, set_lr
 from fastgen.plan import Generation
+from fastgen.random_state import put_random_state, random_state
 from fastgen.shapes import own_bounds, own_parts
 from fastgen.step import DTYPES, Prepare, make_forward, make_scaler
 from fastgen.teacher import Teacher
@@ -110,17 +112,19 @@ class Learner:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Whatever steps change inside is put back afterwards, in place."""
+        """Whatever steps change inside is put back afterwards, in place, torch's generators too."""
         momenta = [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [*self.model.parameters(), *self.model.buffers(), *momenta]
         tensors += [] if self.means is None else [self.means.table_RC]
         with torch.no_grad():
             before, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
+        drawn = random_state(self.device)
         yield
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
         self.scaler.load_state_dict(scaler)
+        put_random_state(drawn)
         self.optimizer.zero_grad()
 
     def _parts(self, batch: Batch, images: int) -> Sequence[Batch]:
@@ -187,8 +191,8 @@ def new_learner(
         group: of the run.
         means: of earlier predictions, where the objective has a consistency term.
     """
-    model = build_model(recipe.model.name, facts.classes, facts.channels, recipe.model.downsample)
-    model = initialise(model, generation.init_seed).to(device).to(memory_format=torch.channels_last).train()
+    model = fresh_network(recipe.model, facts, generation.init_seed)
+    model = channels_last(model.to(device)).train()
     if recipe.train.batchnorm == "triton":
         from fastgen.models.norm_act import fuse_norm_act
 

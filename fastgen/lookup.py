@@ -58,7 +58,8 @@ def teachers_recipe(recipe: Recipe, weights: Path) -> Recipe:
     _, description = read_weights(weights)
     if recipe.teacher.labels != "store" or "model" not in description:
         return recipe
-    return replace(recipe, model=ModelSettings(**description["model"]))
+    # How much memory its own training took is of no concern, nor whether the student's settings would allow it.
+    return replace(recipe, model=replace(ModelSettings(**description["model"]), memory_efficient=False))
 
 
 def _identity_of(weights: Path) -> str:

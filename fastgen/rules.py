@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastgen.data.facts import DATASETS
 from fastgen.errors import UserError
+from fastgen.networks import library_and_name, traits_of
 
 if TYPE_CHECKING:
     from fastgen.config import DataSettings, Numbers, Recipe, RunSettings, TrainSettings
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1
 # int16 numbers them in a label store.
 MOST_STORED_CLASSES = 2**15
-# torchvision's networks: three channels in, and a stem that halves the plane twice.
-PHOTO_MODELS = ("resnet18", "resnet34", "resnet50")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -29,6 +28,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_data(recipe.data)
     _check_photographs(recipe.data)
     _check_train(recipe.train)
+    _check_model(recipe)
     _check_together(recipe)
     _check_gen(recipe)
     _check_teacher(recipe)
@@ -103,6 +103,34 @@ def _check_photographs(data: DataSettings) -> None:
     _require(0 <= data.pixel_shift <= 255, f"data.pixel_shift = {data.pixel_shift}: give 0 to 255")
 
 
+def _check_model(recipe: Recipe) -> None:
+    model, train = recipe.model, recipe.train
+    traits = traits_of(model.name)
+    _require(
+        recipe.data.dataset != "digits" or traits.grey,
+        f"model.name = {model.name}: takes colour images, digits are grey: choose resnet8 or resnet20",
+    )
+    _require(
+        model.downsample == "strided" or traits.pooled,
+        f"model.downsample = pooled: is written for resnet8 to resnet110, not for {model.name}: set strided",
+    )
+    _require(
+        library_and_name(model.name)[0] is None or train.batchnorm == "torch",
+        f"train.batchnorm = triton: is written for our own networks, not for {model.name}: set torch",
+    )
+    if not model.memory_efficient:
+        return
+    _require(
+        traits.memory_efficient,
+        f"model.memory_efficient: is written for densenet100 and densenet190, not for {model.name}: leave it out",
+    )
+    _require(
+        train.batchnorm == "torch" and recipe.dist.batchnorm == "local",
+        "model.memory_efficient computes torch's own batch-norm again: set train.batchnorm=torch and "
+        "dist.batchnorm=local, or leave it out",
+    )
+
+
 def _check_together(recipe: Recipe) -> None:
     photographs = recipe.data.dataset == "imagenet"
     _require(
@@ -112,14 +140,6 @@ def _check_together(recipe: Recipe) -> None:
     _require(
         not (recipe.data.dataset == "digits" and recipe.data.backend == "ffcv"),
         "data.backend = ffcv: there is no .beton of digits: set data.backend=resident, dali or folder",
-    )
-    _require(
-        recipe.data.dataset != "digits" or recipe.model.name not in PHOTO_MODELS,
-        f"model.name = {recipe.model.name}: takes colour images, digits are grey: choose resnet8 or resnet20",
-    )
-    _require(
-        recipe.model.name not in PHOTO_MODELS or recipe.model.downsample == "strided",
-        f"model.downsample = pooled: is written for the CIFAR networks, not for {recipe.model.name}: set strided",
     )
 
 

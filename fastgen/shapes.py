@@ -8,13 +8,9 @@ from fastgen.config import Recipe
 from fastgen.crops import ShiftCrop
 from fastgen.data.split import Dataset
 from fastgen.errors import UserError
-from fastgen.rules import PHOTO_MODELS
+from fastgen.networks import traits_of
 from fastgen.schedule import resolution_px
 from fastgen.views import WHOLE, Share
-
-# torchvision's ResNets halve the plane five times.
-PHOTO_STRIDE_PX = 32
-
 
 Shape = tuple[int, int, int]
 
@@ -37,7 +33,9 @@ def part_shapes(recipe: Recipe, dataset: Dataset, share: Share = WHOLE) -> list[
         _require_equal_parts(recipe, len(dataset.train), share)
     counts, sides = _part_sizes(recipe, len(dataset.train), share), view_sizes(recipe, dataset)
     smallest = min(min(side) for side in sides)
-    if min(counts) == 1 and recipe.model.name in PHOTO_MODELS and smallest <= PHOTO_STRIDE_PX:
+    stride_px = traits_of(recipe.model.name).stride_px
+    # A library's network is tried with these shapes instead: see `models.trial`.
+    if min(counts) == 1 and stride_px is not None and smallest <= stride_px:
         raise UserError(
             f"a part of a batch would hold one image of {smallest} pixels, of which {recipe.model.name} leaves "
             "a single one, too few for batch-norm: change train.batch_size, train.accumulate_steps or dist.processes"

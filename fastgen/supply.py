@@ -28,6 +28,7 @@ from fastgen.lessons import LookAhead, StoreLoader, StoreSource, TableLoader, Ta
 from fastgen.locks import InUse, Lock, locked
 from fastgen.lookup import teachers_recipe
 from fastgen.meters import Stopwatch
+from fastgen.networks import library_and_name
 from fastgen.nodes import Node
 from fastgen.plan import Generation
 from fastgen.pulse import StopsOfAll
@@ -115,14 +116,14 @@ class Supply:
         return replace(self._then(loader, loader.dress, f"label table {table.kind.key}"), source=source)
 
     def with_teacher(self, teacher: FrozenTeacher, batches: int, classes: int) -> Supply:
-        """The same batches with a teacher: the folded one is asked within the step, others before it.
+        """The same batches with a teacher: a folded and a plain one are asked within the step, others before it.
 
         Args:
             teacher: frozen.
             batches: of the student that it sees at once; of several it is asked before the step.
             classes: of its logits.
         """
-        if teacher.engine == "folded" and batches == 1:
+        if teacher.engine in ("folded", "plain") and batches == 1:
             return replace(self, live_teacher=teacher, lessons=teacher.how)
         ahead = LookAhead(self.loader, teacher, self.prepare, batches, classes)
         return replace(self._then(ahead, ahead.dress, _how(teacher, batches)), ahead=ahead)
@@ -352,6 +353,7 @@ def _one_teacher(bench: Workbench, weights: Path, images: int, shapes: int, grou
         shape=(images, facts.channels, height_px, width_px),
         timed=not recipe.run.deterministic,
         shapes=shapes,
+        checked=library_and_name(own.model.name)[0] is not None,
     )
 
 

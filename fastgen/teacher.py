@@ -9,15 +9,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastgen.compiling import compiled
+from fastgen.errors import UserError
 from fastgen.folding import fold, fuse
 from fastgen.fused_conv import LayerChoice, choose_variants
+from fastgen.layout import channels_last
+from fastgen.working_copy import WorkingCopy
 
 # Prepared images (B, C, H, W) -> logits (B, classes), without gradient.
 Teacher = Callable[[Tensor], Tensor]
-TeacherEngine = Literal["folded", "fused", "compile"]
+TeacherEngine = Literal["folded", "fused", "compile", "plain"]
+# How far a traced network may be from its own, beside its largest logit: roundings of folding are far smaller, and a
+# trace that took the wrong way is far off.
+TRACE_ERROR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ def make_teacher(
     shape: Sequence[int] | None = None,
     timed: bool = True,
     shapes: int = 2,
+    checked: bool = False,
 ) -> FrozenTeacher:
     """A frozen copy-free teacher with its batch-norms folded into the convolutions before them.
 
@@ -72,17 +79,27 @@ def make_teacher(
         device: where it runs.
         dtype: of its weights and of the images that it is given.
         engine: `folded`: plain PyTorch, which torch.compile takes as part of a step; `fused`: sums and ReLUs joined
-            with the convolutions before them, by operators of cuDNN or oneDNN; `compile`: torch.compile of the folded.
+            with the convolutions before them, by operators of cuDNN or oneDNN; `compile`: torch.compile of the folded;
+            `plain`: the network as it is, in the arithmetic of a training step.
         shape: (B, C, H, W) of the images that it will be given most; `fused` tries its operators on it.
         timed: `fused`: take in each layer what is faster on a GPU; False: fused wherever it works, so that runs repeat.
         shapes: `compile`: how many shapes of batches will come.
+        checked: compare the folded network with its own on two images of that shape, for networks that are not ours:
+            torch.fx keeps to one way where a forward pass branches without its knowing.
 
     Returns:
         Function of normalised images (B, C, H, W) that gives logits (B, classes) without gradient.
+
+    Raises:
+        UserError: torch.fx cannot trace the network, or traces another one.
     """
     model.eval().requires_grad_(False)
-    network, _ = fold(model)
-    network = network.to(device, dtype).to(memory_format=torch.channels_last)
+    if engine == "plain":
+        return FrozenTeacher(WorkingCopy(channels_last(model.to(device)), dtype).network, engine)
+    network = _folded(model, engine)
+    if checked and shape is not None:
+        _require_the_same(network, model, shape, engine)
+    network = channels_last(network.to(device, dtype))
     if engine == "compile":
         return FrozenTeacher(compiled(network, shapes), engine)
     if engine == "folded":
@@ -114,3 +131,35 @@ def mean_teacher(teachers: Sequence[FrozenTeacher]) -> FrozenTeacher:
         return (log_p.logsumexp(0) - math.log(len(teachers))).to(logits[0].dtype)
 
     return FrozenTeacher(network, first.engine, layers, len(teachers))
+
+
+def _folded(model: nn.Module, engine: TeacherEngine) -> fx.GraphModule:
+    try:
+        return fold(model)[0]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Tracing runs the network's own code on what are no tensors, which fails in every way.
+        raise UserError(
+            f"teacher.engine = {engine}: torch.fx cannot trace {type(model).__name__} ({first_line(error)}): set "
+            "teacher.engine=plain"
+        ) from error
+
+
+@torch.no_grad()
+def _require_the_same(network: nn.Module, model: nn.Module, shape: Sequence[int], engine: TeacherEngine) -> None:
+    """Compares a folded network with the one that it was made of, in eval mode and fp32."""
+    weight = next(model.parameters())
+    images_NCHW = torch.randn((2, *shape[1:]), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    expected_BC, found_BC = model(images_NCHW), network(images_NCHW)
+    if (found_BC - expected_BC).abs().max() > TRACE_ERROR * expected_BC.abs().max():
+        raise UserError(
+            f"teacher.engine = {engine}: as torch.fx traces {type(model).__name__}, it computes something else: set "
+            "teacher.engine=plain"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

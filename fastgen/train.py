@@ -38,6 +38,7 @@ from fastgen.stop import StopRequest
 from fastgen.supply import store_kind
 from fastgen.tables import confidence_table, error_table, print_table
 from fastgen.trainer import train_generation
+from fastgen.trial import require_named, require_usable
 from fastgen.workbench import Workbench
 
 # Told by the command to the processes that it starts: its time.monotonic() in seconds.
@@ -74,6 +75,7 @@ def train(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> N
         words: of the command line, to tell how to go on.
         began: time.monotonic() of its start, in seconds.
     """
+    require_named(recipe.model.name)
     dataset = group.in_turn(lambda: open_dataset(recipe))
     plan = make_plan(recipe, dataset.train_hash, find_teacher(recipe, dataset), dataset.pixels)
     _require_one_plan(plan, group)
@@ -83,6 +85,8 @@ def train(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> N
             _tell_stores(recipe, dataset, plan)
         return
     part_shapes(recipe, dataset, group.share)
+    taught = any(generation.train and generation.teacher is not None for generation in plan)
+    group.in_turn(lambda: require_usable(recipe, dataset, group.world, taught=taught) if group.main else None)
     device = choose_device(recipe.run, group.local_rank if group.world > 1 else None)
     _require_kernels(recipe, device)
     group.in_turn(lambda: _require_teachers(recipe, plan))

@@ -29,10 +29,11 @@ from fastgen.meters import Meter, Reading, Stopwatch
 from fastgen.nodes import Node
 from fastgen.plan import Generation
 from fastgen.pulse import Pulse, Wish
+from fastgen.random_state import seed_random_state
 from fastgen.schedule import Schedule, make_schedule, resolution_px
 from fastgen.shapes import batch_shapes, part_shapes, view_sizes
 from fastgen.supply import Supply, epoch_names, make_supply
-from fastgen.training import Training, seed_random_state
+from fastgen.training import Training
 from fastgen.views import EpochViews
 from fastgen.workbench import Workbench
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from fastgen.buffers import Rule, own_statistics, put_statistics, together
 from fastgen.distributed import Group
 from fastgen.learner import Learner
 from fastgen.meters import Meter, Stopwatch, Tally
+from fastgen.random_state import put_random_state, random_state
 
 # What saving at the ends of epochs may cost: where epochs are shorter, some are passed over.
 SAVE_SHARE = 0.01
@@ -92,23 +91,3 @@ class Training:
                 self.meter.restore_sum([row["meter"] for row in rows])
         self.stopwatch.add(state["seconds"])
         self.step, self.history = state["step"], state["history"]
-
-
-def seed_random_state(seed: int, rank: int) -> None:
-    """Seeds torch's own generators, for networks that draw (dropout): differently in each process."""
-    torch.manual_seed((seed + rank) % 2**63)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """State of torch's own generators in this process."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def put_random_state(state: Mapping[str, Any]) -> None:
-    """Goes on from what `random_state` gave."""
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -1,7 +1,8 @@
 """The network as a step runs it: 16-bit copies of the weights that are multiplied, everything else shared.
 
 Autocast casts each weight on every pass and each gradient back, two operators a tensor. Here all weights are copied by
-one operator, and all gradients by another; the arithmetic is autocast's, to the bit.
+one operator, and all gradients by another; the arithmetic is autocast's, to the bit. That holds for networks of
+convolutions, linear layers and batch-norms; others (layer norms, class tokens, attention) run under autocast itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 # What autocast runs in 16 bits. Batch-norms keep their fp32 parameters and statistics.
 MULTIPLIED = (nn.modules.conv._ConvNd, nn.Linear)
+# What a class of these may be for copies to compute what autocast does: a subclass may use its weights in another way.
+KNOWN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class WorkingCopy:
@@ -25,12 +28,14 @@ class WorkingCopy:
         dtype: of convolutions and linear layers; with fp32 the network is the model itself.
 
     Attributes:
-        network: to be called with images in that dtype; its other parameters and all buffers are the model's own.
+        network: to be called with images in that dtype; its other parameters and all buffers are the model's own, and
+            under autocast so are all parameters.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         multiplied = [module for module in model.modules() if isinstance(module, MULTIPLIED)]
-        if dtype == torch.float32:
+        cast = dtype != torch.float32 and not all(map(_is_copied_or_kept, model.modules()))
+        if dtype == torch.float32 or cast:
             multiplied = []
         self._weights: list[Tensor] = [weight for module in multiplied for weight in module.parameters(recurse=False)]
         self._copies: list[Tensor] = [
@@ -39,7 +44,9 @@ class WorkingCopy:
         # Where fp32 gradients stand: the same memory in every step.
         self._gradients = [torch.zeros_like(weight) for weight in self._weights]
         self._weight_of = {id(own): weight for own, weight in zip(self._copies, self._weights, strict=True)}
-        self.network = _sharing(model, self._weights, self._copies) if multiplied else model
+        self.network = _sharing(model, self._weights, self._copies) if multiplied or cast else model
+        if cast:
+            self.network = _Autocast(self.network, dtype)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -83,6 +90,26 @@ class WorkingCopy:
         """Frees the copies' gradients, which were poured."""
         for own in self._copies:
             own.grad = None
+
+
+class _Autocast(nn.Module):
+    """A network that computes as autocast decides, operator by operator."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+
+    def forward(self, images_NCHW: Tensor) -> Any:
+        # Without its cache: a weight is cast once in a pass anyway, and a captured step must not keep casts of another.
+        with torch.autocast(images_NCHW.device.type, self.dtype, cache_enabled=False):
+            return self.network(images_NCHW)
+
+
+def _is_copied_or_kept(module: nn.Module) -> bool:
+    """Whether a module computes with copies of its weights, or has none, or is a batch-norm, which keeps its own."""
+    has_weights = any(True for _ in module.parameters(recurse=False))
+    return not has_weights or type(module) in KNOWN or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _sharing(model: nn.Module, weights: list[Tensor], copies: list[Tensor]) -> nn.Module:

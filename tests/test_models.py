@@ -1,7 +1,8 @@
 """models/ and teacher.py: sizes, the forward pass against plain arithmetic, initialisation, folding."""
 
+import hashlib
 import math
-import typing
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastgen.grade import plain
 from fastgen.losses import distill
 from fastgen.models import MODELS, build_model, initialise, parameter_count
 from fastgen.models.resnet_cifar import CifarResNet
+from fastgen.networks import LIBRARIES, NETWORKS
 from fastgen.optim import make_optimizer
 from fastgen.step import make_forward, make_prepare
 from fastgen.teacher import make_teacher
@@ -71,8 +73,27 @@ def test_other_depths_are_refused(depth):
 
 
 def test_the_recipe_and_the_table_know_the_same_names():
-    names = typing.get_args(typing.get_type_hints(ModelSettings)["name"])
-    assert list(names) == list(MODELS)
+    assert list(NETWORKS) == list(MODELS)
+    text = next(f for f in fields(ModelSettings) if f.name == "name").metadata["text"]
+    assert all(name in text for name in (*NETWORKS, *LIBRARIES))
+
+
+FROZEN = {
+    "resnet8": "cbcb28cdb7d95dea",
+    "resnet20": "a741a7b15f7b4c0c",
+    "resnet18": "34e79baf9c9fce5a",
+    "resnet50": "987195c6ce2dd01c",
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_initial_weights_are_those_of_all_versions_before(name):
+    """A seed's weights are what nodes and repeats stand on."""
+    digest = hashlib.sha256()
+    for key, tensor in network(name, seed=5).state_dict().items():
+        digest.update(key.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    assert digest.hexdigest()[:16] == FROZEN[name]
 
 
 def plain_batchnorm(x, weights, name, training):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PURE = (
     "config",
+    "networks",
     "rules",
     "laws",
     "plan",
