@@ -284,7 +284,7 @@ class GenSettings:
         1, "a student's teacher is the mean prediction of up to so many generations before it", silent=True
     )
     only: int | None = setting(
-        None, "train this generation alone; teacher_weight and temperature on the command line then hold for it alone"
+        None, "train this generation alone; what has one value a student then holds for it alone on the command line"
     )
     teacher: str | None = setting(None, "with gen.only: the teacher, as a run folder, a node or a .safetensors file")
 

@@ -13,9 +13,8 @@ Source: Dong, Liu, Shang, ICLR 2024, arXiv 2206.06661 (C times the mean squared 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +67,9 @@ class Means:
         self.weight = torch.zeros((), device=device)
         self.rate = torch.ones((), device=device)
         self._own: Int64 | None = None
+        # What a checkpoint held, in the main process; True in all of them until `begin` has dealt it out.
         self._restored_NC: Tensor | None = None
+        self._restored = False
         self._row_of = np.zeros(images, np.int64)
 
     def begin(self, epoch: int, views: EpochViews) -> None:
@@ -79,11 +80,11 @@ class Means:
             views: of it.
         """
         own = self._positions(views.order)
-        if self._restored_NC is not None:
-            self.table_RC.copy_(self._restored_NC[torch.from_numpy(own)])
-            self._restored_NC = None
-        elif self._own is not None and not np.array_equal(own, self._own):
-            self.table_RC.copy_(self._passed_on(self._own, own))
+        if self._restored:
+            self.table_RC.copy_(self._picked(own, self._dealt_out()))
+            self._restored, self._restored_NC = False, None
+        elif self._own is not None:
+            self.table_RC.copy_(self._picked(own, self._told(self._own)))
         self._own = own
         self._row_of[own] = np.arange(len(own))
         self.weight.fill_(self._full_weight * epoch / self._epochs)
@@ -109,41 +110,68 @@ class Means:
             self.table_RC.index_copy_(0, rows_B, new_BC.to(self.table_RC.dtype))
         return self.weight * (p_BC - mean_BC).square().sum(1).mean()
 
-    def state(self) -> dict[str, Any]:
-        """What this process has of its own, for a checkpoint."""
-        own = self._own if self._own is not None else np.zeros(0, np.int64)
-        return {"positions": torch.from_numpy(own.copy()), "means": self.table_RC[: len(own)].cpu()}
+    def clear(self) -> None:
+        """Forgets what steps before the first epoch have left.
 
-    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Goes on from what `state` gave in all processes, here or in another number of them; `begin` follows."""
-        full_NC = torch.zeros((self._images, self.table_RC.shape[1]), dtype=self.table_RC.dtype)
-        for state in states:
-            full_NC[state["positions"]] = state["means"]
-        self._restored_NC = full_NC
+        Raises:
+            ValueError: an epoch has begun.
+        """
+        if self._own is not None:
+            raise ValueError("means of predictions would be lost")
+        self.table_RC.zero_()
+
+    def state(self) -> Tensor | None:
+        """All of it, (N, C), for a checkpoint; to be asked for in all processes at once, and given to the main one."""
+        if self._own is None:
+            return None
+        full_NC = self._blank(self._images) if self._group.main else None
+        for positions_R, rows_RC in self._told(self._own):
+            if full_NC is not None:
+                full_NC[positions_R] = rows_RC
+        return full_NC
+
+    def restore(self, full_NC: Tensor | None) -> None:
+        """Goes on from what `state` gave, here or in another number of processes; `begin` follows.
+
+        Args:
+            full_NC: in the main process; None in the others.
+        """
+        self._restored, self._restored_NC = True, full_NC
+
+    def _blank(self, rows: int) -> Tensor:
+        return torch.zeros((rows, self.table_RC.shape[1]), dtype=self.table_RC.dtype)
 
     def _positions(self, order: Int64) -> Int64:
         parts = list(batch_positions(order, self._batch_size, 0, self._group.share))
         return np.concatenate(parts).astype(np.int64)
 
-    def _passed_on(self, had: Int64, wanted: Int64) -> Tensor:
-        """Rows of other images than those that this process had, from whoever had them."""
-        place = np.full(self._images, -1, np.int64)
-        place[wanted] = np.arange(len(wanted))
-        found_RC = torch.empty((len(wanted), self.table_RC.shape[1]), dtype=self.table_RC.dtype)
-        for positions_R, rows_RC in self._told(torch.from_numpy(had), self.table_RC.cpu()):
-            rows = torch.from_numpy(place)[positions_R]
+    def _picked(self, wanted: Int64, told: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Rows of these images, in this order, from positions and rows that are told of all images."""
+        place = torch.full((self._images,), -1)
+        place[torch.from_numpy(wanted)] = torch.arange(len(wanted))
+        found_RC = self._blank(len(wanted))
+        for positions_R, rows_RC in told:
+            rows = place[positions_R]
             mine = rows >= 0
             found_RC[rows[mine]] = rows_RC[mine]
         return found_RC
 
-    def _told(self, positions_R: Tensor, rows_RC: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _dealt_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions and rows of what the main process has restored, in pieces, everywhere."""
+        for first in range(0, self._images, CHUNK_ROWS):
+            size = min(CHUNK_ROWS, self._images - first)
+            rows = self._blank(size) if self._restored_NC is None else self._restored_NC[first : first + size]
+            yield torch.arange(first, first + size), self._group.told_by(0, rows)
+
+    def _told(self, own: Int64) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions and rows of all processes, in pieces, everywhere."""
+        positions_R, rows_RC = torch.from_numpy(own), self.table_RC.cpu()
         counts = self._group.gather(len(positions_R))
         for rank, count in enumerate(counts):
             for first in range(0, count, CHUNK_ROWS):
                 size, mine = min(CHUNK_ROWS, count - first), rank == self._group.rank
                 positions = positions_R[first : first + size] if mine else torch.empty(size, dtype=torch.int64)
-                rows = rows_RC[first : first + size] if mine else rows_RC.new_empty((size, rows_RC.shape[1]))
+                rows = rows_RC[first : first + size] if mine else self._blank(size)
                 yield self._group.told_by(rank, positions), self._group.told_by(rank, rows)
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +94,23 @@ class StoreKind:
         return self.count * (self.truncation.row_bytes + np.dtype(np.int32).itemsize)
 
 
+class Whereabouts(NamedTuple):
+    """Where a teacher is found again.
+
+    Attributes:
+        node: its id; empty: the recipe names its weights.
+        weights: where they are now.
+    """
+
+    node: str
+    weights: Path
+
+
+def whereabouts(teachers: Sequence[Whereabouts]) -> dict[str, Any]:
+    """For a description that people, and the list of labels, read."""
+    return {"teachers": [[one.node, str(one.weights.absolute())] for one in teachers]}
+
+
 @dataclass(frozen=True)
 class Part:
     """A file of the store, by its metadata.
@@ -150,14 +167,14 @@ class LabelStore:
         self._views = 0
         self._pending: list[dict[str, Tensor]] = []
 
-    def describe(self, weights: Path) -> None:
+    def describe(self, teachers: Sequence[Whereabouts]) -> None:
         """Writes store.json, for people and for the list of stores; to be called by one process that holds a lock.
 
         Args:
-            weights: of the teacher, where they are now.
+            teachers: all members of the teacher.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "store.json", {**self.kind.description, "weights": str(weights.absolute())})
+        write_json(self.folder / "store.json", {**self.kind.description, **whereabouts(teachers)})
 
     def clear(self, data_seed: int, generation: int) -> None:
         """Removes what kills within a write left of a generation; for the holder of its lock, before anyone writes."""

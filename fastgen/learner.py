@@ -20,6 +20,7 @@ from fastgen.distributed import ALONE, Group
 from fastgen.grade import Grade, make_grade
 from fastgen.gradients import Reducer
 from fastgen.layout import channels_last
+from fastgen.lipschitz import add_weights_gradient
 from fastgen.meters import Tally
 from fastgen.models import fresh_network
 from fastgen.optim import make_optimizer, optimizer_state, set_lr
@@ -44,6 +45,7 @@ class Learner:
         group: of the run.
         accumulate_steps: parts of a batch, of all processes together, whose gradients are added up.
         means: of earlier predictions, which a step adds to; None: there are none.
+        lipschitz_weight: of the Lipschitz term; 0: there is none.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Learner:
     group: Group = ALONE
     accumulate_steps: int = 1
     means: Means | None = None
+    lipschitz_weight: float = 0.0
 
     def step(self, batch: Batch, lr: float | Tensor, images: int | None = None) -> Tally:
         """One step of SGD; nothing in it waits for the device.
@@ -87,6 +90,9 @@ class Learner:
             sizes.append(size)
             losses.append(graded.loss_sum.detach())
             correct.append(graded.correct)
+        if self.lipschitz_weight:
+            one = torch.full((), self.lipschitz_weight, device=device)
+            add_weights_gradient(self.model, self.scaler.scale(one))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return Tally((0,) * len(sizes), tuple(sizes), tuple(losses), tuple(correct))
@@ -115,7 +121,6 @@ class Learner:
         """Whatever steps change inside is put back afterwards, in place, torch's generators too."""
         momenta = [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [*self.model.parameters(), *self.model.buffers(), *momenta]
-        tensors += [] if self.means is None else [self.means.table_RC]
         with torch.no_grad():
             before, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
         drawn = random_state(self.device)
@@ -125,6 +130,8 @@ class Learner:
                 tensor.copy_(value)
         self.scaler.load_state_dict(scaler)
         put_random_state(drawn)
+        if self.means is not None:
+            self.means.clear()
         self.optimizer.zero_grad()
 
     def _parts(self, batch: Batch, images: int) -> Sequence[Batch]:
@@ -166,7 +173,7 @@ def make_learner(
     forward = make_forward(working.network, grade, teacher, prepare, train.engine, shapes, lipschitz_weight)
     reducer = Reducer(forward, working, group, device, own_parts(train.accumulate_steps, group.share))
     optimizer, scaler = make_optimizer(model, train), make_scaler(train, device)
-    return Learner(model, working, optimizer, scaler, reducer, group, train.accumulate_steps, means)
+    return Learner(model, working, optimizer, scaler, reducer, group, train.accumulate_steps, means, lipschitz_weight)
 
 
 def new_learner(

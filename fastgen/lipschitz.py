@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def lipschitz_term(network: nn.Module) -> Tensor:
-    """Sum over the layers of a bound of each; the smaller, the smoother the network.
+    """Sum over the layers of a bound of each; the smaller, the smoother the network. Other kinds of layers have no say.
 
     Convolutions: the L1 norm of the weights. Batch-norms: max_c |gamma_c| / sqrt(var_c + eps), with the running
     variance as a constant. Linear layers, W of (out, in): max_j sum_i |W_ij|, the norm that L1 induces. Biases have no
@@ -23,20 +23,56 @@ def lipschitz_term(network: nn.Module) -> Tensor:
     Raises:
         ValueError: it has no layer of these kinds.
     """
-    bounds = [bound for module in network.modules() for bound in _bounds(module)]
+    bounds = [*_bounds_of_weights(network), *_bounds_of_norms(network)]
     if not bounds:
         raise ValueError(f"{type(network).__name__} has no convolution, batch-norm or linear layer")
     return torch.stack(bounds).sum()
 
 
-def _bounds(module: nn.Module) -> list[Tensor]:
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return [_wide(module.weight).abs().sum()]
-    if isinstance(module, nn.Linear):
-        return [_wide(module.weight).abs().sum(0).max()]
-    if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine and module.running_var is not None:
-        return [(_wide(module.weight).abs() / (_wide(module.running_var) + module.eps).sqrt()).max()]
-    return []
+def norms_term(network: nn.Module) -> Tensor | None:
+    """The batch-norms' part, which depends on each process's own statistics; None: there are none."""
+    bounds = _bounds_of_norms(network)
+    return torch.stack(bounds).sum() if bounds else None
+
+
+def add_weights_gradient(model: nn.Module, scale: Tensor | float) -> None:
+    """Adds to `.grad` what the rest of the term, which depends on the weights alone, has as its gradient.
+
+    In fp32, which is why it is no part of a step's backward pass: beside a 16-bit gradient 1e-5 is often rounded away.
+
+    Args:
+        model: its parameters have gradients.
+        scale: what the term is multiplied with: its weight, and the gradients' own scale.
+    """
+    weights = [module.weight for module in model.modules() if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))]
+    bounds = _bounds_of_weights(model)
+    if not bounds:
+        return
+    # Not backward: it would call what watches the parameters, such as DistributedDataParallel.
+    found = torch.autograd.grad(torch.stack(bounds).sum() * scale, weights)
+    sums = [weight.grad for weight in weights if weight.grad is not None]
+    if len(sums) < len(weights):
+        raise ValueError("a weight without a gradient")
+    with torch.no_grad():
+        torch._foreach_add_(sums, list(found))
+
+
+def _bounds_of_weights(network: nn.Module) -> list[Tensor]:
+    bounds = []
+    for module in network.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            bounds.append(_wide(module.weight).abs().sum())
+        if isinstance(module, nn.Linear):
+            bounds.append(_wide(module.weight).abs().sum(0).max())
+    return bounds
+
+
+def _bounds_of_norms(network: nn.Module) -> list[Tensor]:
+    bounds = []
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine and module.running_var is not None:
+            bounds.append((_wide(module.weight).abs() / (_wide(module.running_var) + module.eps).sqrt()).max())
+    return bounds
 
 
 def _wide(tensor: Tensor) -> Tensor:

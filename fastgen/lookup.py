@@ -59,6 +59,8 @@ def teachers_recipe(recipe: Recipe, weights: Path) -> Recipe:
     if recipe.teacher.labels != "store" or "model" not in description:
         return recipe
     # How much memory its own training took is of no concern, nor whether the student's settings would allow it.
+    # A library's network has no fused batch-norm, and a teacher does not train.
+    recipe = replace(recipe, train=replace(recipe.train, batchnorm="torch"))
     return replace(recipe, model=replace(ModelSettings(**description["model"]), memory_efficient=False))
 
 

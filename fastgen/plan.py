@@ -57,9 +57,8 @@ class Objective:
     @property
     def fused(self) -> bool:
         """Whether there are Triton kernels for it."""
-        return not (self.k_mass or self.smoothing or self.entropy_weight or self.consistency_weight) and not (
-            self.eta and self.teacher_weight
-        )
+        others = self.k_mass, self.smoothing, self.entropy_weight, self.lipschitz_weight, self.consistency_weight
+        return not any(others) and not (self.eta and self.teacher_weight)
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,9 @@ def ensemble_id(nodes: Sequence[str]) -> str:
 def _objective(recipe: Recipe, index: int) -> Objective:
     if index == 0:
         return _patriarchs(recipe)
-    weight, eta = recipe.teacher_weight(index), recipe.student_eta(index)
+    weight = recipe.teacher_weight(index)
+    # Under the teacher's word alone the labels' term has no say.
+    eta = recipe.student_eta(index) if weight < 1 else 0.0
     tolerance = _tolerance(recipe, eta, recipe.student_k(index))
     if not weight:
         return tolerance
@@ -285,7 +286,7 @@ def _ideal(recipe: Recipe, index: int) -> float | None:
     temperatures = [recipe.temperature(g) for g in range(1, index + 1)]
     if any(weight and temperature != 1 for weight, temperature in zip(weights, temperatures, strict=True)):
         return None
-    if any(recipe.student_eta(g) for g in range(1, index + 1)):
+    if any(_objective(recipe, g).eta for g in range(1, index + 1)):
         return None
     first = _patriarchs_ideal(recipe)
     return None if first is None else ideal_confidence(first, weights, index, recipe.gen.ensemble_teachers)

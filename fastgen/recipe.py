@@ -211,6 +211,7 @@ def _narrow_to_one_generation(recipe: Recipe, from_file: Mapping[str, Any], over
         if not isinstance(value, (int, float)):
             continue
         base = from_file.get(f"gen.{name}", _default(_field_of(f"gen.{name}")))
+        base = recipe.gen.k if base is None else base
         students = list(base) if isinstance(base, tuple) else [base] * recipe.gen.generations
         if len(students) == recipe.gen.generations:
             students[only - 1] = value

@@ -80,12 +80,12 @@ class Results:
         """The confidence of exact minimisers, and the same from the patriarch's measured top-K share."""
         ideal = generation.ideal
         patriarch = self.rows[0] if self.rows else row
-        # With a K of its own for each sample there is no one share.
-        if ideal is None or patriarch["generation"] != 0 or self._bench.recipe.gen.k_mass:
+        # With a K of its own for each sample there is no one share, and to smoothed labels it is nothing.
+        gen = self._bench.recipe.gen
+        if ideal is None or patriarch["generation"] != 0 or gen.k_mass or gen.patriarch == "label_smoothing":
             return {"ideal_confidence": ideal, "ideal_confidence_at_share": None}
-        recipe, start = self._bench.recipe, patriarch.get("ideal_confidence", ideal)
-        if recipe.gen.patriarch == "tolerant":
-            start = confidence_for_eta(recipe.eta, recipe.gen.k, patriarch["topk_share"])
+        recipe = self._bench.recipe
+        start = confidence_for_eta(recipe.eta, recipe.gen.k, patriarch["topk_share"])
         weights = [recipe.teacher_weight(g) for g in range(1, generation.index + 1)]
         return {
             "ideal_confidence": ideal,

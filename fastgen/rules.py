@@ -189,6 +189,10 @@ def _check_gen(recipe: Recipe) -> None:
     )
     _require(gen.ensemble_teachers >= 1, f"gen.ensemble_teachers = {gen.ensemble_teachers}: give 1 or more")
     _require(
+        gen.ensemble_teachers == 1 or max(_listed(gen.teacher_weight)) > 0,
+        "gen.ensemble_teachers has no say with gen.teacher_weight = 0: leave it out",
+    )
+    _require(
         gen.teacher is None or gen.ensemble_teachers == 1,
         "gen.teacher names one teacher, gen.ensemble_teachers asks for several: leave one of them out",
     )
@@ -231,6 +235,10 @@ def _check_patriarch(recipe: Recipe) -> None:
             gen.patriarch == owner or getattr(gen, name) == default,
             f"gen.{name} has no say with gen.patriarch = {gen.patriarch}: leave it out, or set gen.patriarch={owner}",
         )
+    _require(
+        gen.consistency_dtype == "fp32" or gen.consistency_weight > 0,
+        "gen.consistency_dtype has no say with gen.consistency_weight = 0: leave it out",
+    )
     _require(0 <= gen.smoothing < 1, f"gen.smoothing = {gen.smoothing}: give 0 or more, and less than 1")
     for name in ("entropy_weight", "lipschitz_weight", "consistency_weight"):
         _require(getattr(gen, name) >= 0, f"gen.{name} = {getattr(gen, name)}: give 0 or more")
@@ -261,7 +269,11 @@ def _check_tolerant_students(recipe: Recipe, most: int) -> None:
             1 / k <= confidence <= 1,
             f"gen.student_confidence = {confidence}: give a value in [1/k, 1] = [{1 / k:.4g}, 1]",
         )
-    tolerant = [*_listed(gen.student_confidence), gen.confidence]
+    _require(
+        gen.student_k is None or min(_listed(gen.student_confidence)) < 1,
+        "gen.student_k has no say with gen.student_confidence = 1: leave it out, or give a confidence below 1",
+    )
+    tolerant = [*(_listed(gen.student_confidence) if gen.generations else ()), gen.confidence]
     _require(gen.k_mass is None or 0 < gen.k_mass < 1, f"gen.k_mass = {gen.k_mass}: give a probability between 0 and 1")
     _require(
         gen.k_mass is None or (min(tolerant) < 1 and min(tolerant) >= 0.5),

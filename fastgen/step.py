@@ -13,7 +13,7 @@ from fastgen.compiling import compiled
 from fastgen.config import TrainSettings
 from fastgen.crops import NO_JITTER, JitterPolicy
 from fastgen.grade import Grade, Graded
-from fastgen.lipschitz import lipschitz_term
+from fastgen.lipschitz import lipschitz_term, norms_term
 from fastgen.teacher import Teacher
 from fastgen.truncation import Lesson
 
@@ -68,7 +68,8 @@ def make_forward(
         prepare: from `make_prepare`, in the dtype of the step.
         engine: of the recipe.
         shapes: how many shapes of batches will come; engine compile compiles one of each.
-        lipschitz_weight: of `lipschitz_term`, which is added to the mean loss; needs a plain grade.
+        lipschitz_weight: of `lipschitz_term`, which is counted in the loss, and its batch-norms' part differentiated;
+            the rest is `lipschitz.add_weights_gradient`'s. Needs a plain grade.
     """
 
     def forward(
@@ -91,8 +92,11 @@ def make_forward(
 
 def _smoothed(graded: Graded, network: nn.Module, weight: float, images: int) -> Graded:
     """With the Lipschitz term. Parts of a batch are weighed by their images, so over all of them it counts once."""
-    term = weight * lipschitz_term(network)
-    return graded._replace(loss_sum=graded.loss_sum + term.detach().double() * images, root=graded.root + term)
+    with torch.no_grad():
+        whole = weight * lipschitz_term(network)
+    of_norms = norms_term(network)
+    root = graded.root if of_norms is None else graded.root + weight * of_norms
+    return graded._replace(loss_sum=graded.loss_sum + whole.double() * images, root=root)
 
 
 def make_prepare(normalise: Normaliser, jitter: JitterPolicy = NO_JITTER) -> Prepare:

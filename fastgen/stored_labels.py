@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastgen.arguments import Arguments
 from fastgen.errors import FastgenError, UserError, command
-from fastgen.label_store import ROWS, SUFFIX, known_rows, missing_rows, read_columns, read_part
+from fastgen.label_store import ROWS, SUFFIX, Whereabouts, known_rows, missing_rows, read_columns, read_part
 from fastgen.labels import METADATA_KEY, table_damage, table_path
 from fastgen.locks import InUse, locked
 from fastgen.nodes import find_node, read_json
@@ -44,7 +44,7 @@ class Labels:
         kept: of its word.
         state: how much of it is there.
         size_bytes: of all files.
-        weights: the teacher's, where they were; None: it is not known.
+        whereabouts: of all members of the teacher; none: that is not known.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ class Labels:
     kept: str
     state: str
     size_bytes: int
-    weights: Path | None = None
+    whereabouts: tuple[Whereabouts, ...] = ()
 
 
 def labels_in(nodes: Path) -> list[Labels]:
@@ -79,8 +79,11 @@ def _store(folder: Path) -> Labels:
     }
     state = ", ".join(f"{number} {what}" for what, number in counts.items() if number) or "nothing yet"
     kept = f"{cut['kept']} of {cut['classes']} classes, {cut['dtype']}"
-    weights = Path(about["weights"]) if "weights" in about else None
-    return Labels(folder, "store", about["teacher"], kept, state, _size(folder), weights)
+    return Labels(folder, "store", about["teacher"], kept, state, _size(folder), _whereabouts(about))
+
+
+def _whereabouts(about: Mapping[str, Any]) -> tuple[Whereabouts, ...]:
+    return tuple(Whereabouts(node, Path(weights)) for node, weights in about.get("teachers", ()))
 
 
 def _about(folder: Path) -> dict[str, Any] | None:
@@ -111,8 +114,8 @@ def _table(folder: Path) -> Labels:
         return Labels(folder, "table", "", "", "damaged", _size(folder))
     kept = f"all {about['classes']} classes, {about['precision']}"
     place = folder / "teacher.json"
-    weights = Path(read_json(place)["weights"]) if place.exists() else None
-    return Labels(folder, "table", about["teacher"], kept, "all views", _size(folder), weights)
+    where = _whereabouts(read_json(place)) if place.exists() else ()
+    return Labels(folder, "table", about["teacher"], kept, "all views", _size(folder), where)
 
 
 def _size(folder: Path) -> int:
@@ -173,10 +176,10 @@ def remove(found: Labels) -> None:
 
 
 def stale(nodes: Path, found: Labels) -> bool:
-    """Whether the teacher is gone, as a node of these and where it was; of labels that do not say where: no."""
-    if not found.teacher or found.weights is None:
-        return False
-    return not found.weights.exists() and find_node(nodes, found.teacher) is None
+    """Whether a member of the teacher is gone, as a node of these and where it was; of labels that do not say: no."""
+    return any(
+        not one.weights.exists() and (not one.node or find_node(nodes, one.node) is None) for one in found.whereabouts
+    )
 
 
 def main(words: Sequence[str]) -> None:

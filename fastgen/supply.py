@@ -12,6 +12,7 @@ import torch
 
 from fastgen.augment import Normaliser
 from fastgen.config import Recipe
+from fastgen.consistency import DTYPES as MEANS_DTYPES
 from fastgen.consistency import Means, MeansLoader, MeansSource
 from fastgen.crops import NO_JITTER, JitterPolicy, ShiftCrop
 from fastgen.data.batch import Batch, DeviceSource, Loader
@@ -21,7 +22,7 @@ from fastgen.distributed import ALONE, Group
 from fastgen.errors import MachineError, UserError
 from fastgen.evaluate import load_network
 from fastgen.files import write_json
-from fastgen.label_store import LabelStore, StoreKind, generation_folder, other_stores
+from fastgen.label_store import LabelStore, StoreKind, Whereabouts, generation_folder, other_stores, whereabouts
 from fastgen.labelling import TABLE_BATCH, build_table, claim_cost
 from fastgen.labels import LabelTable, TableKind, read_table, table_path
 from fastgen.lessons import LookAhead, StoreLoader, StoreSource, TableLoader, TableSource
@@ -218,6 +219,12 @@ def _means(bench: Workbench, generation: Generation) -> Means | None:
     objective, dataset, train = generation.objective, bench.dataset, bench.recipe.train
     if not objective.consistency_weight:
         return None
+    numbers = len(dataset.train) * dataset.facts.classes
+    size = numbers * MEANS_DTYPES[objective.consistency_dtype].itemsize / 1e9
+    bench.recorder.say(
+        f"generation {generation.index} keeps mean predictions of all images: {size:.3g} GB, over all devices together "
+        "and in each checkpoint"
+    )
     return Means(
         images=len(dataset.train),
         classes=dataset.facts.classes,
@@ -286,12 +293,17 @@ def _store(
         if locks:
             store.clear(generation.data_seed, generation.index)
             store.require_room(missing)
-            store.describe(weights[-1])
+            store.describe(_whereabouts(generation, weights))
         _tell_store(bench, generation, store, missing, kept=bool(locks))
         return not missing, bool(locks)
 
     complete, store.writes = group.agree(group.in_turn(look))
     return store, complete, lambda: group.agree(not any(lock.lost for lock in locks))
+
+
+def _whereabouts(generation: Generation, weights: Sequence[Path]) -> list[Whereabouts]:
+    nodes = generation.members or ("",)
+    return [Whereabouts(node, path) for node, path in zip(nodes, weights, strict=True)]
 
 
 def _claimed(bench: Workbench, generation: Generation, store: LabelStore, held: ExitStack) -> list[Lock]:
@@ -400,7 +412,7 @@ def _build_table(
 ) -> None:
     teacher = _teacher(bench, weights, min(TABLE_BATCH, kind.count), 2)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "teacher.json", {"weights": str(weights[-1].absolute())})
+    write_json(folder / "teacher.json", whereabouts(_whereabouts(generation, weights)))
     what = f"teacher of generation {generation.index} labels {kind.views} views of {kind.count} images"
     with bench.recorder.display.passes(what, kind.views, kind.count) as passed:
         build_table(folder, kind, images.loader, images.prepare, teacher, stop, passed, bench.recorder.say)

@@ -47,6 +47,7 @@ BEGAN = "FASTGEN_BEGAN_SECONDS"
 Plan = tuple[Generation, ...]
 
 # Of a teacher that was trained with teacher.labels=live.
+ENSEMBLES_RENAME = " (gen.ensemble_teachers is of all students: those before this one are others, too)"
 STORES_RENAME = " (students of a store are other generations than those of a live teacher: gen.teacher=RUN takes those)"
 
 
@@ -85,7 +86,8 @@ def train(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> N
             _tell_stores(recipe, dataset, plan)
         return
     part_shapes(recipe, dataset, group.share)
-    taught = any(generation.train and generation.teacher is not None for generation in plan)
+    # A teacher that the recipe names may be another network.
+    taught = any(generation.train and generation.members for generation in plan)
     group.in_turn(lambda: require_usable(recipe, dataset, group.world, taught=taught) if group.main else None)
     device = choose_device(recipe.run, group.local_rank if group.world > 1 else None)
     _require_kernels(recipe, device)
@@ -253,6 +255,7 @@ def _require_teachers(recipe: Recipe, plan: Plan) -> None:
                 f"generation {generation.index} needs its teacher, generation {taught_by} ({member}), which is not in "
                 f"{recipe.run.nodes}: train the recipe without gen.only first, or name a teacher with gen.teacher"
                 f"{STORES_RENAME if recipe.teacher.labels == 'store' else ''}"
+                f"{ENSEMBLES_RENAME if recipe.gen.ensemble_teachers > 1 else ''}"
             )
 
 

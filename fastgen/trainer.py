@@ -33,7 +33,7 @@ from fastgen.random_state import seed_random_state
 from fastgen.schedule import Schedule, make_schedule, resolution_px
 from fastgen.shapes import batch_shapes, part_shapes, view_sizes
 from fastgen.supply import Supply, epoch_names, make_supply
-from fastgen.training import Training
+from fastgen.training import MEANS, Training
 from fastgen.views import EpochViews
 from fastgen.workbench import Workbench
 
@@ -197,7 +197,10 @@ def _resume(bench: Workbench, training: Training, node: Node) -> None:
     def load() -> dict[str, Any] | None:
         return load_newest(node.folder, bench.recorder.say) if bench.group.main else None
 
-    state = bench.group.agree(bench.group.in_turn(load))
+    found = bench.group.in_turn(load)
+    # Only there: the main process deals them out.
+    means_NC = None if found is None else found.pop(MEANS, None)
+    state = bench.group.agree(found)
     if state is None:
         return
     if state["node"] != node.id:
@@ -205,7 +208,7 @@ def _resume(bench: Workbench, training: Training, node: Node) -> None:
             f"{node.folder}: its checkpoint is of another generation ({state['node']}): delete it, and this one starts "
             "afresh"
         )
-    training.load_state(state)
+    training.load_state(state, means_NC)
 
 
 def _announce(

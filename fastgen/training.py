@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from fastgen.buffers import Rule, own_statistics, put_statistics, together
 from fastgen.distributed import Group
 from fastgen.learner import Learner
@@ -15,6 +17,8 @@ from fastgen.random_state import put_random_state, random_state
 
 # What saving at the ends of epochs may cost: where epochs are shorter, some are passed over.
 SAVE_SHARE = 0.01
+# In a checkpoint: mean predictions of all images.
+MEANS = "means"
 
 
 @dataclass
@@ -59,14 +63,14 @@ class Training:
         What each process has of its own stands under `processes`, by rank: the same number of processes goes on with
         the very same bits.
         """
-        own: dict[str, Any] = {
+        own = {
             "meter": self.meter.state(),
             "statistics": own_statistics(self.learner.model),
             "random": random_state(self.learner.device),
         }
-        if self.learner.means is not None:
-            own["means"] = self.learner.means.state()
+        means = None if self.learner.means is None else self.learner.means.state()
         return {
+            **({} if means is None else {MEANS: means}),
             "step": self.step,
             **self.learner.state(),
             "seconds": self.stopwatch.seconds(),
@@ -74,12 +78,17 @@ class Training:
             "processes": self.group.gather(own),
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state` gave, here or in another number of processes."""
+    def load_state(self, state: Mapping[str, Any], means_NC: Tensor | None = None) -> None:
+        """Goes on from what `state` gave, here or in another number of processes.
+
+        Args:
+            state: without its means, which may be too large to be in all processes.
+            means_NC: in the main process, if there are some.
+        """
         self.learner.load_state(state)
         rows = state["processes"]
         if self.learner.means is not None:
-            self.learner.means.restore([row["means"] for row in rows])
+            self.learner.means.restore(means_NC)
         if len(rows) == self.group.world:
             own = rows[self.group.rank]
             put_statistics(self.learner.model, own["statistics"])

@@ -103,8 +103,8 @@ def test_the_gradient_is_that_of_the_present_prediction_alone():
 
 def by_one_of(group, dtype):
     means = make_means(group, dtype)
-    terms = run_epochs(means, group.share)
-    return terms, means.state()
+    run_epochs(means, group.share)
+    return means._own, means.table_RC, means.state()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -113,11 +113,15 @@ def test_processes_pass_on_what_others_will_be_shown(tmp_path, dtype):
     alone = make_means(dtype=dtype)
     run_epochs(alone, Share(0, 1))
     by_position = alone.table_RC[torch.from_numpy(alone.rows(np.arange(IMAGES)))]
-    seen = 0
-    for _, state in run_processes(tmp_path, 3, by_one_of, dtype):
-        assert torch.equal(state["means"], by_position[state["positions"]])
-        seen += len(state["positions"])
-    assert seen == IMAGES
+    answers, seen = run_processes(tmp_path, 3, by_one_of, dtype), []
+    for own, table, _ in answers:
+        assert torch.equal(table, by_position[torch.from_numpy(own)])
+        seen += own.tolist()
+    assert sorted(seen) == list(range(IMAGES))
+    # All of it goes to the main process, and to no other.
+    assert torch.equal(answers[0][2], by_position)
+    assert torch.equal(alone.state(), by_position)
+    assert [answer[2] for answer in answers[1:]] == [None, None]
 
 
 @pytest.mark.parametrize("stop_at", [0, 2, None])
@@ -127,7 +131,7 @@ def test_a_training_that_goes_on_has_the_same_means(stop_at):
     before = make_means()
     run_epochs(before, Share(0, 1), until=3, stop_at=stop_at)
     again, order = make_means(), orders()[2]
-    again.restore([before.state()])
+    again.restore(before.state())
     epoch, batch = (2, stop_at) if stop_at is not None else (3, 0)
     order = orders()[epoch]
     again.begin(epoch, views_of(order))
@@ -137,21 +141,31 @@ def test_a_training_that_goes_on_has_the_same_means(stop_at):
             assert term == whole[epoch, number]
 
 
-def test_several_processes_states_are_one():
-    parts = [SimpleNamespace(share=Share(rank, 2), world=2, rank=rank) for rank in range(2)]
+def restored_by(group, full):
+    means = make_means(group)
+    means.restore(full if group.main else None)
+    means.begin(1, views_of(orders()[1]))
+    return means._own, means.table_RC
+
+
+def test_several_processes_go_on_from_what_one_had(tmp_path):
     alone = make_means()
     run_epochs(alone, Share(0, 1), until=1)
-    states = []
-    for group in parts:
-        means = make_means(group)
-        means.begin(0, views_of(orders()[0]))
-        run_epochs(means, group.share, until=1)
-        states.append(means.state())
-    again = make_means()
-    again.restore(states)
-    again.begin(1, views_of(orders()[1]))
-    alone.begin(1, views_of(orders()[1]))
-    assert torch.equal(again.table_RC, alone.table_RC)
+    full = alone.state()
+    for own, table in run_processes(tmp_path, 3, restored_by, full):
+        assert torch.equal(table, full[torch.from_numpy(own)])
+
+
+def test_means_are_forgotten_before_the_first_epoch_alone():
+    means = make_means()
+    means.term(torch.full((2, CLASSES), 0.2), torch.tensor([0, 1]))
+    assert means.table_RC.any()
+    means.clear()
+    assert not means.table_RC.any()
+    assert means.state() is None
+    means.begin(0, views_of(orders()[0]))
+    with pytest.raises(ValueError, match="would be lost"):
+        means.clear()
 
 
 def test_a_grade_without_means_is_refused():

@@ -15,7 +15,7 @@ from fastgen import label_store
 from fastgen.crops import JitterPolicy
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import MachineError, UserError
-from fastgen.label_store import LabelStore, epoch_folder, missing_rows, part_paths, read_part
+from fastgen.label_store import LabelStore, Whereabouts, epoch_folder, missing_rows, part_paths, read_part
 from fastgen.lessons import LookAhead, StoreLoader, StoreSource
 from fastgen.truncation import CLASSES, LOG_P, Kept, Truncation
 from fastgen.views import EpochName, Share
@@ -390,7 +390,7 @@ def test_a_part_that_goes_between_listing_and_reading_is_told(tmp_path):
 
 def test_other_stores_of_a_teacher_are_told_with_what_differs(tmp_path):
     for other in ({"precision": "bf16"}, {"truncation": Truncation(10, 5, "fp16")}, {"teacher": "1" * 16}, {}):
-        LabelStore(tmp_path, kind_of(**other), writes=True).describe(tmp_path / "weights")
+        LabelStore(tmp_path, kind_of(**other), writes=True).describe([Whereabouts("", tmp_path / "weights")])
     told = label_store.other_stores(tmp_path, kind_of())
     folders = [tmp_path / kind_of(precision="bf16").key, tmp_path / kind_of(truncation=Truncation(10, 5, "fp16")).key]
     ends = ["has precision = bf16, not fp32", "has truncation.kept = 5, not 3"]
@@ -420,9 +420,9 @@ def test_the_loss_of_truncation_is_kept_with_the_labels(split, loader, tmp_path)
 
 def test_the_description_says_what_a_store_depends_on(tmp_path):
     store = store_of(tmp_path)
-    store.describe(tmp_path / "weights")
+    store.describe([Whereabouts("0123", tmp_path / "weights")])
     about = json.loads((store.folder / "store.json").read_text())
-    assert about == {**store.kind.description, "weights": str(tmp_path / "weights")}
+    assert about == {**store.kind.description, "teachers": [["0123", str(tmp_path / "weights")]]}
     assert about["teacher"] == "0123456789abcdef"
     assert about["truncation"] == {"classes": 10, "kept": 3, "dtype": "fp16"}
 

@@ -12,7 +12,8 @@ from taught import COUNT, CPU, CROP, MEAN, STD, epoch_of, tiny_prepare, tiny_spl
 from fastgen import stored_labels
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import command
-from fastgen.label_store import LabelStore, epoch_folder, generation_folder, part_paths
+from fastgen.files import write_json
+from fastgen.label_store import LabelStore, Whereabouts, epoch_folder, generation_folder, part_paths, whereabouts
 from fastgen.labelling import build_table
 from fastgen.labels import TableKind
 from fastgen.lessons import LookAhead, StoreLoader
@@ -42,7 +43,7 @@ def nodes(tmp_path, split, loader):
     nodes = tmp_path / "nodes"
     for teacher in (HERE, GONE):
         store = LabelStore(nodes / "labels", tiny_store_kind(teacher), writes=True)
-        store.describe(tmp_path / f"{teacher}.safetensors")
+        store.describe([Whereabouts(teacher, tmp_path / f"{teacher}.safetensors")])
         ahead = LookAhead(loader, tiny_teacher(), tiny_prepare(), 1, 10)
         for epoch in range(3):
             batches = StoreLoader(loader, store, ahead, tiny_prepare(), CPU).batches(epoch_of(split, epoch), 6)
@@ -133,7 +134,7 @@ def test_a_table_is_stale_once_its_teacher_s_weights_are_gone_and_it_says_where_
     shutil.rmtree(nodes / HERE)
     (tmp_path / f"{HERE}.safetensors").touch()
     assert folder.name not in listed(nodes, capsys, "--remove=stale")[1]
-    (folder / "teacher.json").write_text(json.dumps({"weights": str(tmp_path / "file.safetensors")}))
+    write_json(folder / "teacher.json", whereabouts([Whereabouts("", tmp_path / "file.safetensors")]))
     (tmp_path / "file.safetensors").touch()
     assert folder.name not in listed(nodes, capsys, "--remove=stale")[1]
     (tmp_path / "file.safetensors").unlink()
@@ -155,6 +156,17 @@ def test_a_description_that_is_damaged_hides_nothing_else(nodes, capsys, content
     assert code == 1
     assert f"{path}: is damaged or missing" in told
     assert listed(nodes, capsys, f"--remove={path.parent.name}")[0] == 0
+
+
+def test_an_ensemble_is_stale_once_a_member_is_gone(nodes, tmp_path, capsys):
+    """Moved nodes are found by their ids, whatever the paths were."""
+    store = LabelStore(nodes / "labels", tiny_store_kind("mean:0123"), writes=True)
+    store.describe([Whereabouts(HERE, tmp_path / "moved"), Whereabouts("1234", tmp_path / "moved, too")])
+    (nodes / "1234").mkdir()
+    (nodes / "1234" / "node.json").write_text("{}")
+    assert "mean:0123 (gone)" not in listed(nodes, capsys)[1]
+    shutil.rmtree(nodes / HERE)
+    assert "mean:0123 (gone)" in listed(nodes, capsys)[1]
 
 
 def test_what_is_in_use_does_not_keep_the_rest(nodes, tmp_path, split, capsys):
