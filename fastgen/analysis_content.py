@@ -179,8 +179,8 @@ def lacking(content: Mapping[str, Any]) -> list[str]:
     if unlawful:
         which = ", ".join(map(str, unlawful))
         lines.append(
-            f"left out: ideal law of generation {which}: none is known (temperatures other than 1, a named teacher, "
-            "another patriarch)"
+            f"left out: ideal law of generation {which}: none is known (temperatures other than 1, tolerant "
+            "students, a named teacher, another patriarch)"
         )
     if content["groups"] is None:
         lines.append(f"left out: groups of classes: none are known of {content['dataset']}")

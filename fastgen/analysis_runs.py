@@ -130,19 +130,21 @@ def _told(run: RunRecord) -> str:
 def rows_of(run: RunRecord) -> list[dict[str, Any]]:
     """A row a generation: what results.json tells of it (None: not known), and the training that it took.
 
-    `seconds_alone` is what this network alone takes: its own training and, of a student, that of the generation before.
+    `seconds_alone` is what this network alone takes: its own training and, of a student, that of all
+    teachers before it.
     `seconds_together` is the training of all generations so far, which their ensemble takes.
     Both count `train_seconds`, the training steps, and no evaluation or saving.
     """
     rows: list[dict[str, Any]] = []
-    for given in run.results["generations"]:
-        before = rows[-1] if rows else None
-        taught = before is not None and given["role"] == "student"
-        alone = given["train_seconds"] + (before["seconds_alone"] if before is not None and taught else 0.0)
-        together = given["train_seconds"] + (before["seconds_together"] if before is not None else 0.0)
+    seconds = [given["train_seconds"] for given in run.results["generations"]]
+    teachers, needed = run.recipe["gen"].get("ensemble_teachers", 1), list[set[int]]()
+    for number, given in enumerate(run.results["generations"]):
+        taught_by = needed[-teachers:] if given["role"] == "student" else []
+        needed.append({number}.union(*taught_by))
         row = {"generation": given["generation"], "role": given["role"], "node": given["node"]}
         row |= {name: given.get(name) for name in TOLD}
-        rows.append(row | {"members": len(rows) + 1, "seconds_alone": alone, "seconds_together": together})
+        alone, together = sum(seconds[own] for own in sorted(needed[-1])), sum(seconds[: number + 1])
+        rows.append(row | {"members": number + 1, "seconds_alone": alone, "seconds_together": together})
     return rows
 
 

@@ -98,9 +98,10 @@ def require_enough(labels: Int64, class_names: tuple[str, ...], folds: int) -> N
     counts = np.bincount(labels, minlength=len(class_names))
     label = int(counts.argmin())
     if counts[label] < folds:
+        fewer = f", or --folds={counts[label]}" if counts[label] > 1 else ""
         raise UserError(
             f"the class {class_names[label]} has {counts[label]} training pictures, too few for cross-validation in "
-            f"{folds} parts: give it more, or --folds={max(int(counts[label]), 2)}"
+            f"{folds} parts: give it more{fewer}"
         )
 
 

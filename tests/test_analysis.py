@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
+from fastgen import analysis_runs
 from fastgen.analysis import looked_at
 from fastgen.analysis_columns import evaluation_columns, joined
 from fastgen.analysis_content import ABOUT
@@ -171,6 +173,20 @@ def test_tables_and_notes_are_printed(runs, capsys):
     assert "3 networks, training images: 1442 of 1442" in shown
     assert "left out: groups of classes: none are known of digits" in shown
     assert str(runs / "taught_0" / "analysis.json") in shown
+
+
+@pytest.mark.parametrize(
+    ("teachers", "alone"),
+    # Generation 2 learned from labels alone.
+    [(1, [1, 3, 4, 12]), (2, [1, 3, 4, 8 + 4 + 2 + 1])],
+)
+def test_a_student_takes_the_seconds_of_all_its_teachers(teachers, alone):
+    roles = ["patriarch", "student", "independent", "student"]
+    rows = [{"generation": g, "role": role, "node": str(g), "train_seconds": 2.0**g} for g, role in enumerate(roles)]
+    record = SimpleNamespace(recipe={"gen": {"ensemble_teachers": teachers}}, results={"generations": rows})
+    found = analysis_runs.rows_of(record)
+    assert [row["seconds_alone"] for row in found] == alone
+    assert [row["seconds_together"] for row in found] == [1, 3, 7, 15]
 
 
 def test_runs_are_compared_by_recipe(runs, taught):
