@@ -17,5 +17,7 @@ def channels_last(network: Network) -> Network:
     """
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            # Not `contiguous`: that leaves weights of one channel the strides that they have, and their gradients, in
+            # others, would not fit torch's DistributedDataParallel.
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
     return network

@@ -12,6 +12,7 @@ from torch import nn
 from fastgen.augment import Normaliser
 from fastgen.config import ModelSettings, TrainSettings
 from fastgen.grade import plain
+from fastgen.layout import channels_last
 from fastgen.losses import distill
 from fastgen.models import MODELS, build_model, initialise, parameter_count
 from fastgen.models.resnet_cifar import CifarResNet
@@ -331,3 +332,11 @@ def test_as_many_compilations_are_allowed_as_shapes_will_come():
     with torch._dynamo.config.patch(recompile_limit=8):
         make_forward(torch.nn.Identity(), plain(lambda z, y, v: z.sum()), None, make_prepare(normalise), "compile", 11)
         assert torch._dynamo.config.recompile_limit == 11
+
+
+def test_weights_lie_as_torch_itself_lays_them():
+    """Those of one channel, or of one pixel, too: their strides decide those of their gradients."""
+    ours, theirs = (torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 1)) for _ in range(2))
+    strides = [weight.stride() for weight in channels_last(ours).parameters()]
+    assert strides == [weight.stride() for weight in theirs.to(memory_format=torch.channels_last).parameters()]
+    assert strides[0] == (9, 1, 3, 1)

@@ -144,14 +144,14 @@ def test_other_init_seed_gives_other_weights_under_the_same_views(finished, monk
 
 def test_students_start_fresh(finished, monkeypatch):
     started = []
-    original = learner.initialise
+    original = learner.fresh_network
 
-    def recorded(model, seed):
-        original(model, seed)
+    def recorded(*arguments):
+        model = original(*arguments)
         started.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return model
 
-    monkeypatch.setattr(learner, "initialise", recorded)
+    monkeypatch.setattr(learner, "fresh_network", recorded)
     main(words_of(finished, "fresh", f"--run.nodes={finished / 'fresh_nodes'}"))
     assert len(started) == 3
     for student in (1, 2):
@@ -175,14 +175,14 @@ def test_teacher_and_student_see_the_same_pixels(finished, monkeypatch):
         return replace(teach, network=network)
 
     monkeypatch.setattr(supply, "make_teacher", recorded)
-    build = learner.build_model
+    build = learner.fresh_network
 
     def watched(*arguments):
         model = build(*arguments)
         model.register_forward_pre_hook(lambda module, inputs: seen["student"].append(inputs[0].clone()))
         return model
 
-    monkeypatch.setattr(learner, "build_model", watched)
+    monkeypatch.setattr(learner, "fresh_network", watched)
     nodes = finished / "nodes"
     main(
         words_of(
