@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgen.crops import Int64
-from fastgen.data.batch import Batch, Columns, DeviceSource, Loader, to_device
+from fastgen.data.batch import Batch, Columns, DeviceSource, Loader, numbered, to_device
 from fastgen.distributed import Group
 from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
@@ -194,13 +194,9 @@ class MeansLoader:
         self, views: EpochViews, batch_size: int, first_batch: int = 0, share: Share = WHOLE
     ) -> Iterator[Batch]:
         """See `Loader.batches`."""
-        parts = [part for part in batch_positions(views.order, batch_size, first_batch, share) if len(part)]
-        if not parts:
-            return
-        rows = to_device(torch.from_numpy(self._means.rows(np.concatenate(parts))), self._device)
-        found = self._loader.batches(views, batch_size, first_batch, share)
-        for batch, mine in zip(found, rows.split([len(part) for part in parts]), strict=True):
-            yield replace(batch, mean_rows=mine)
+        row_of = self._means.rows(np.arange(len(self)))
+        for batch, rows in numbered(self._loader, views, batch_size, first_batch, share, row_of, self._device):
+            yield replace(batch, mean_rows=rows)
 
     def dress(self, batch: Batch) -> Batch:
         """A raw batch with some rows."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen.crops import Int64
-from fastgen.data.batch import Batch, Columns, DeviceSource, Loader, to_device
+from fastgen.data.batch import Batch, Columns, DeviceSource, Loader, numbered, to_device
 from fastgen.errors import MachineError
 from fastgen.label_store import KnownLabels, LabelStore
 from fastgen.labels import LabelTable
@@ -99,14 +99,9 @@ class TableLoader:
         self, views: EpochViews, batch_size: int, first_batch: int = 0, share: Share = WHOLE
     ) -> Iterator[Batch]:
         """See `Loader.batches`."""
-        parts = [part for part in batch_positions(views.order, batch_size, first_batch, share) if len(part)]
-        if not parts:
-            return
-        logits_RC = self._table.logits_RC
-        rows = to_device(torch.from_numpy(self._table.rows(views)[np.concatenate(parts)]), logits_RC.device)
-        found = self._loader.batches(views, batch_size, first_batch, share)
-        for batch, mine in zip(found, rows.split([len(part) for part in parts]), strict=True):
-            yield replace(batch, teacher_logits_BC=logits_RC[mine])
+        logits_RC, row_of = self._table.logits_RC, self._table.rows(views)
+        for batch, rows in numbered(self._loader, views, batch_size, first_batch, share, row_of, logits_RC.device):
+            yield replace(batch, teacher_logits_BC=logits_RC[rows])
 
     def dress(self, batch: Batch) -> Batch:
         """A raw batch with some logits of the table's shape."""

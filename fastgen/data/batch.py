@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastgen.crops import Int64
 from fastgen.truncation import CLASSES, LOG_P, Kept, Labels, Lesson, Remembered
-from fastgen.views import WHOLE, EpochViews, Share
+from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
 if TYPE_CHECKING:
     from fastgen.data.split import AnySplit
@@ -130,6 +131,30 @@ def make_batch(
         to_device(torch.from_numpy(split.ids[positions]), device),
         drawn,
     )
+
+
+def numbered(
+    loader: Loader,
+    views: EpochViews,
+    batch_size: int,
+    first_batch: int,
+    share: Share,
+    numbers_N: Int64,
+    device: torch.device,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches of a loader, each with a number of each of its samples.
+
+    Args:
+        loader, views, batch_size, first_batch, share: see `Loader.batches`.
+        numbers_N: int64, by position in the split.
+        device: where the numbers go, all of them at once.
+    """
+    parts = [part for part in batch_positions(views.order, batch_size, first_batch, share) if len(part)]
+    if not parts:
+        return
+    numbers = to_device(torch.from_numpy(numbers_N[np.concatenate(parts)]), device)
+    found = loader.batches(views, batch_size, first_batch, share)
+    yield from zip(found, numbers.split([len(part) for part in parts]), strict=True)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
