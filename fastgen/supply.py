@@ -298,7 +298,14 @@ def _store(
         return not missing, bool(locks)
 
     complete, store.writes = group.agree(group.in_turn(look))
-    return store, complete, lambda: group.agree(not any(lock.lost for lock in locks))
+
+    def still_ours() -> bool:
+        ours = group.agree(not any(lock.lost for lock in locks))
+        if not ours:
+            bench.recorder.say(f"{store.folder}: another run adds to it now: no more of this one is kept")
+        return ours
+
+    return store, complete, still_ours
 
 
 def _whereabouts(generation: Generation, weights: Sequence[Path]) -> list[Whereabouts]:

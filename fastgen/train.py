@@ -46,7 +46,7 @@ BEGAN = "FASTGEN_BEGAN_SECONDS"
 
 Plan = tuple[Generation, ...]
 
-# Of a teacher that was trained with teacher.labels=live.
+# Why a teacher that seems to be there is another one.
 ENSEMBLES_RENAME = " (gen.ensemble_teachers is of all students: those before this one are others, too)"
 STORES_RENAME = " (students of a store are other generations than those of a live teacher: gen.teacher=RUN takes those)"
 
