@@ -113,7 +113,8 @@ def test_a_run_whose_store_was_taken_over_goes_on_and_keeps_nothing_more(tmp_pat
     require_equal(weights(other), expected)
     parts = [part.parent.name for part in (tmp_path / "nodes").rglob(f"*{label_store.SUFFIX}")]
     assert parts == ["epoch_0000_8x8"]
-    assert " ".join(capsys.readouterr().out.split()).count("another run adds to it now: no more of this one is kept") == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("another run adds to it now: no more of this one is kept") == 1
 
 
 def test_all_classes_in_fp32_are_the_live_run_and_its_very_node(live, tmp_path):
