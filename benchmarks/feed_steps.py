@@ -14,10 +14,12 @@ from torch import Tensor
 from benchmarks.rigs import Rig, calibrate
 from fastgen.augment import Normaliser
 from fastgen.config import Recipe
+from fastgen.consistency import Means
 from fastgen.crops import JITTER_COLUMNS, TABLE_COLUMNS, Int64
 from fastgen.data import build_loader
 from fastgen.data.batch import Batch, Columns, Loader, usable_cores
 from fastgen.data.split import Dataset
+from fastgen.distributed import ALONE, Group
 from fastgen.engines import Plant, make_engine
 from fastgen.learner import new_learner
 from fastgen.meters import Tally
@@ -140,8 +142,9 @@ def make_rig(case: Case, supply: Supply, generation: Generation, steps: int) -> 
     supply = _held(supply, batch, steps * size)
     if generation.role == "student":
         supply = _taught(case, supply, batch)
+    supply = remembering(case, supply, generation, steps * size, ALONE)
     shapes = len(part_shapes(recipe, case.dataset))
-    learner = new_learner(recipe, facts, generation, supply.live_teacher, supply.prepare, case.device, shapes)
+    learner = new_learner(recipe, facts, generation, supply, case.device, shapes)
     batch_shapes = [(size, *case.side_px)]
     engine = make_engine(
         Plant(learner, supply, recipe.train, steps * size, batch_shapes, facts.channels, jitter, case.device)
@@ -149,12 +152,30 @@ def make_rig(case: Case, supply: Supply, generation: Generation, steps: int) -> 
     table = np.zeros((steps * size, len(TABLE_COLUMNS)), np.int32)
     drawn = np.zeros((steps * size, len(JITTER_COLUMNS)), np.float32) if jitter else None
     views = EpochViews(np.arange(steps * size), table, *case.side_px, drawn)
+    if supply.means is not None:
+        supply.means.begin(0, views)
 
     def tallies() -> Iterator[Tally]:
         for _ in itertools.count():
             yield from engine.epoch(views, 0, [0.0] * steps)
 
     return Rig(tallies())
+
+
+def remembering(case: Case, supply: Supply, generation: Generation, samples: int, group: Group) -> Supply:
+    """The supply with means of earlier predictions, where the objective has a consistency term; nothing is begun.
+
+    Args:
+        generation: whose steps are taken.
+        samples: of an epoch.
+        group: processes that tell each other anything.
+    """
+    objective, train = generation.objective, case.recipe.train
+    if not objective.consistency_weight:
+        return supply
+    return supply.with_means(
+        Means(samples, case.dataset.facts.classes, train, objective, case.device, group), case.device
+    )
 
 
 def held_batch(case: Case, loader: Loader) -> Batch:

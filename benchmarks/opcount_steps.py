@@ -18,7 +18,7 @@ from benchmarks.operators import Count, OperatorCounter
 from benchmarks.rigs import LR, PATRIARCH, STUDENT, Case, Kernels, fresh_network, random_split
 from fastgen.augment import Normaliser
 from fastgen.crops import TABLE_COLUMNS, Int64
-from fastgen.data.batch import Batch, Columns
+from fastgen.data.batch import Batch, Columns, Lesson
 from fastgen.data.facts import DATASETS
 from fastgen.distributed import ALONE
 from fastgen.engines import GraphEngine, Plant
@@ -34,7 +34,6 @@ from fastgen.plan import Objective
 from fastgen.step import DTYPES, Forward, make_forward, make_prepare, make_scaler
 from fastgen.supply import Supply
 from fastgen.teacher import Teacher, make_teacher
-from fastgen.truncation import Lesson
 from fastgen.views import WHOLE, EpochViews, Share, training_views
 from fastgen.working_copy import WorkingCopy
 

@@ -44,13 +44,15 @@ from fastgen.crops import ShiftCrop
 from fastgen.device import choose_device
 from fastgen.distributed import ALONE
 from fastgen.errors import command
-from fastgen.label_store import LabelStore, StoreKind, epoch_folder, part_paths
+from fastgen.label_parts import epoch_folder, part_paths
+from fastgen.label_store import LabelStore, StoreKind
 from fastgen.labels import LabelTable, TableKind
 from fastgen.lessons import LookAhead, StoreLoader
 from fastgen.recipe import help_text, parse_words
-from fastgen.supply import Supply, store_kind
+from fastgen.supply import Supply
 from fastgen.tables import new_table, print_table
 from fastgen.teacher import FrozenTeacher
+from fastgen.teaching import store_kind
 from fastgen.views import WHOLE
 
 OWN_WORDS = ("--rounds", "--steps", "--results")

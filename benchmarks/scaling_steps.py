@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from benchmarks.feed_steps import WITH_WORKERS, Case, Held
+from benchmarks.feed_steps import WITH_WORKERS, Case, Held, remembering
 from benchmarks.rigs import Rig, calibrate, random_split
 from fastgen.config import Recipe
 from fastgen.data import open_dataset
@@ -174,7 +174,8 @@ def make_rig(case: Case, supply: Supply, group: Group, *, summed: bool = True) -
     recipe, facts, dataset = case.recipe, case.dataset.facts, case.dataset
     (generation,) = case.generations.values()
     shapes, told = len(part_shapes(recipe, dataset, group.share)), group if summed else ALONE
-    learner = new_learner(recipe, facts, generation, supply.live_teacher, supply.prepare, case.device, shapes, told)
+    supply = remembering(case, supply, generation, len(dataset.train), told)
+    learner = new_learner(recipe, facts, generation, supply, case.device, shapes, told)
     # By its group a learner knows the parts and what they weigh; whom it tells its gradients was decided above.
     learner = replace(learner, group=group)
     samples, jitter = len(dataset.train), dataset.crop.jitter.active
@@ -183,6 +184,8 @@ def make_rig(case: Case, supply: Supply, group: Group, *, summed: bool = True) -
         Plant(learner, supply, recipe.train, samples, batch_shapes, facts.channels, jitter, case.device, group.share)
     )
     steps = samples // case.batch_size
+    if supply.means is not None:
+        supply.means.begin(0, case.views)
 
     def tallies() -> Iterator[Tally]:
         pulse = Pulse(told)

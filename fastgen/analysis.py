@@ -209,12 +209,12 @@ def _compared(
     if not own:
         notes.append("left out: the last networks' ensembles, compared: results.json is of other samples or networks")
     analyses = [(other, read_analysis(other)) for other in others]
-    for other, analysis in analyses:
-        if analysis is None:
-            notes.append(
-                f"left out: sorted scores and last networks' ensembles of {other.folder}: it has no analysis.json of "
-                f"its networks and samples (python -m fastgen.evaluate {other.folder} --analyse makes it)"
-            )
+    bare = [str(other.folder) for other, analysis in analyses if analysis is None]
+    if bare:
+        notes.append(
+            f"left out: sorted scores and last networks' ensembles of runs without an analysis.json of their networks "
+            f"and samples (python -m fastgen.evaluate RUN --analyse makes it): {', '.join(bare)}"
+        )
     devices = sorted({one.device for one in (run, *others)})
     if len(devices) > 1:
         notes.append(f"seconds are not comparable: runs were trained on {' and '.join(devices)}")

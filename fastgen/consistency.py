@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgen.config import TrainSettings
 from fastgen.crops import Int64
 from fastgen.data.batch import Batch, Columns, DeviceSource, Loader, numbered, to_device
 from fastgen.distributed import Group
+from fastgen.plan import Objective
 from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
 MEAN_ROWS = "mean_rows"
@@ -37,10 +39,8 @@ class Means:
     Args:
         images: in the training set, N.
         classes: C.
-        batch_size: of all processes together.
-        epochs: of the training.
-        weight: w.
-        dtype: `fp32` or `fp16`.
+        train: gives the batch size, of all processes together, and the epochs, E.
+        objective: gives w, and the dtype in which they are kept.
         device: where they are kept.
         group: of the run.
 
@@ -53,17 +53,15 @@ class Means:
         self,
         images: int,
         classes: int,
-        batch_size: int,
-        epochs: int,
-        weight: float,
-        dtype: str,
+        train: TrainSettings,
+        objective: Objective,
         device: torch.device,
         group: Group,
     ) -> None:
-        self._images, self._batch_size, self._epochs, self._full_weight = images, batch_size, epochs, weight
-        self._device, self._group = device, group
+        self._images, self._batch_size, self._epochs = images, train.batch_size, train.epochs
+        self._full_weight, self._group = objective.consistency_weight, group
         own = len(self._positions(np.arange(images)))
-        self.table_RC = torch.zeros((own, classes), dtype=DTYPES[dtype], device=device)
+        self.table_RC = torch.zeros((own, classes), dtype=DTYPES[objective.consistency_dtype], device=device)
         self.weight = torch.zeros((), device=device)
         self.rate = torch.ones((), device=device)
         self._own: Int64 | None = None
@@ -83,7 +81,10 @@ class Means:
         if self._restored:
             self.table_RC.copy_(self._picked(own, self._dealt_out()))
             self._restored, self._restored_NC = False, None
-        elif self._own is not None:
+        elif self._own is None:
+            # Steps that were only rehearsed have left something.
+            self.table_RC.zero_()
+        else:
             self.table_RC.copy_(self._picked(own, self._told(self._own)))
         self._own = own
         self._row_of[own] = np.arange(len(own))
@@ -109,16 +110,6 @@ class Means:
             new_BC = mean_BC + (p_BC.detach() - mean_BC) * self.rate
             self.table_RC.index_copy_(0, rows_B, new_BC.to(self.table_RC.dtype))
         return self.weight * (p_BC - mean_BC).square().sum(1).mean()
-
-    def clear(self) -> None:
-        """Forgets what steps before the first epoch have left.
-
-        Raises:
-            ValueError: an epoch has begun.
-        """
-        if self._own is not None:
-            raise ValueError("means of predictions would be lost")
-        self.table_RC.zero_()
 
     def state(self) -> Tensor | None:
         """All of it, (N, C), for a checkpoint; to be asked for in all processes at once, and given to the main one."""

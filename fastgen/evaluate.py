@@ -10,6 +10,7 @@ besides: `analysis.py`.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,6 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from fastgen.arguments import split_words
 from fastgen.augment import Normaliser
 from fastgen.checkpoint import load_weights
 from fastgen.config import Recipe
@@ -86,7 +86,7 @@ def main(words: Sequence[str]) -> None:
     """The command."""
     if "--help" in words or "-h" in words:
         read_recipe(words, command=f"{USAGE}, or WEIGHTS.safetensors and")
-    # A word without a value, which `split_words` does not know.
+    # A word without a value.
     analysed, words = "--analyse" in words, [word for word in words if word != "--analyse"]
     against, words = _against(words)
     if not words or words[0].startswith("-"):
@@ -113,11 +113,20 @@ def main(words: Sequence[str]) -> None:
 
 
 def _against(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The run folders to compare with, and the other words."""
-    own, rest = split_words(words, ("--against",), many=("--against",))
-    folders = [word.partition("=")[2] if "=" in word else word for word in own if word != "--against"]
-    if len(folders) < sum(word == "--against" for word in own) or "" in folders:
-        raise UserError("--against has no value: give --against RUN_FOLDER")
+    """The run folders to compare with, and the other words; `--against A B`, as shells write A and B for a pattern."""
+    folders, rest, left = list[str](), list[str](), deque(words)
+    while left:
+        word = left.popleft()
+        name, _, value = word.partition("=")
+        if name != "--against":
+            rest.append(word)
+            continue
+        found = [value] if "=" in word else []
+        while "=" not in word and left and not left[0].startswith("-"):
+            found.append(left.popleft())
+        if not found or "" in found:
+            raise UserError("--against has no value: give --against RUN_FOLDER")
+        folders += found
     return [Path(folder) for folder in folders], rest
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fastgen.consistency import Means
+from fastgen.data.batch import Kept, Lesson, Remembered
 from fastgen.losses import Loss, make_loss
 from fastgen.plan import Objective
-from fastgen.truncation import Kept, Lesson, Remembered, kept_probabilities
+from fastgen.truncation import kept_probabilities
 
 
 class Graded(NamedTuple):

@@ -12,6 +12,7 @@ from fastgen.config import Recipe
 from fastgen.data.split import Dataset
 from fastgen.errors import UserError
 from fastgen.lookup import find_teacher
+from fastgen.nodes import nodes_folder
 from fastgen.plan import Generation, make_plan
 from fastgen.recipe import parse_words, read_recipe
 
@@ -227,7 +228,7 @@ def _whole(run: Run, folder: Path, trained: Sequence[Generation]) -> Training:
 
 
 def _node_folder(run: Run, generation: Generation) -> Path:
-    return Path(str(run.recipe.run.nodes)) / generation.node
+    return nodes_folder(run.recipe) / generation.node
 
 
 def recipe_path(folder: Path, run: Run) -> Path:

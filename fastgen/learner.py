@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fastgen.batchnorm_sync import synchronise
 from fastgen.config import Recipe, TrainSettings
-from fastgen.consistency import Means
 from fastgen.data.batch import Batch
 from fastgen.data.facts import Facts
 from fastgen.distributed import ALONE, Group
@@ -28,6 +27,7 @@ from fastgen.plan import Generation
 from fastgen.random_state import put_random_state, random_state
 from fastgen.shapes import own_bounds, own_parts
 from fastgen.step import DTYPES, Prepare, make_forward, make_scaler
+from fastgen.supply import Supply
 from fastgen.teacher import Teacher
 from fastgen.working_copy import WorkingCopy
 
@@ -44,7 +44,6 @@ class Learner:
         reducer: has the forward pass of the working copy, and sums gradients over the processes.
         group: of the run.
         accumulate_steps: parts of a batch, of all processes together, whose gradients are added up.
-        means: of earlier predictions, which a step adds to; None: there are none.
         lipschitz_weight: of the Lipschitz term; 0: there is none.
     """
 
@@ -55,7 +54,6 @@ class Learner:
     reducer: Reducer
     group: Group = ALONE
     accumulate_steps: int = 1
-    means: Means | None = None
     lipschitz_weight: float = 0.0
 
     def step(self, batch: Batch, lr: float | Tensor, images: int | None = None) -> Tally:
@@ -130,8 +128,6 @@ class Learner:
                 tensor.copy_(value)
         self.scaler.load_state_dict(scaler)
         put_random_state(drawn)
-        if self.means is not None:
-            self.means.clear()
         self.optimizer.zero_grad()
 
     def _parts(self, batch: Batch, images: int) -> Sequence[Batch]:
@@ -156,7 +152,6 @@ def make_learner(
     shapes: int = 2,
     group: Group = ALONE,
     lipschitz_weight: float = 0.0,
-    means: Means | None = None,
 ) -> Learner:
     """Puts a training step together.
 
@@ -167,25 +162,22 @@ def make_learner(
         device: where all of it lives.
         group: of the run.
         lipschitz_weight: see `make_forward`.
-        means: that `grade` adds to.
     """
     working = WorkingCopy(model, DTYPES[train.precision])
     forward = make_forward(working.network, grade, teacher, prepare, train.engine, shapes, lipschitz_weight)
     reducer = Reducer(forward, working, group, device, own_parts(train.accumulate_steps, group.share))
     optimizer, scaler = make_optimizer(model, train), make_scaler(train, device)
-    return Learner(model, working, optimizer, scaler, reducer, group, train.accumulate_steps, means, lipschitz_weight)
+    return Learner(model, working, optimizer, scaler, reducer, group, train.accumulate_steps, lipschitz_weight)
 
 
 def new_learner(
     recipe: Recipe,
     facts: Facts,
     generation: Generation,
-    teacher: Teacher | None,
-    prepare: Prepare,
+    supply: Supply,
     device: torch.device,
     shapes: int,
     group: Group = ALONE,
-    means: Means | None = None,
 ) -> Learner:
     """A generation before its first step, as its recipe wants it.
 
@@ -193,10 +185,10 @@ def new_learner(
         recipe: names network, engine, kernels and precision.
         facts: of the data set.
         generation: gives initial weights and objective.
-        teacher, prepare, shapes: see `make_forward`.
+        supply: of its batches: knows the teacher, and what the network sees.
         device: where all of it lives.
+        shapes: see `make_forward`.
         group: of the run.
-        means: of earlier predictions, where the objective has a consistency term.
     """
     model = fresh_network(recipe.model, facts, generation.init_seed)
     model = channels_last(model.to(device)).train()
@@ -207,6 +199,6 @@ def new_learner(
     if recipe.dist.batchnorm == "synchronised" and group.world > 1:
         model = synchronise(model, device)
     objective = generation.objective
-    grade = make_grade(objective, fused=recipe.train.kernels == "triton", means=means)
-    weight = objective.lipschitz_weight
-    return make_learner(model, grade, teacher, prepare, recipe.train, device, shapes, group, weight, means)
+    grade = make_grade(objective, fused=recipe.train.kernels == "triton", means=supply.means)
+    teacher, prepare, weight = supply.live_teacher, supply.prepare, objective.lipschitz_weight
+    return make_learner(model, grade, teacher, prepare, recipe.train, device, shapes, group, weight)

@@ -1,8 +1,9 @@
-"""Finds the teacher that a recipe names itself: a run folder, a node, or a weights file."""
+"""Finds teachers: of a plan's generations, and the one that a recipe names, a run folder, a node, or a weights file."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,12 @@ from fastgen.config import ModelSettings, Recipe, hash_of
 from fastgen.data.split import Dataset
 from fastgen.errors import UserError
 from fastgen.evaluate import load_network
-from fastgen.nodes import Node, find_node
-from fastgen.plan import Teacher
+from fastgen.nodes import Node, find_node, nodes_folder
+from fastgen.plan import Generation, Teacher
+
+# Why a teacher that seems to be there is another one.
+ENSEMBLES_RENAME = " (gen.ensemble_teachers is of all students: those before this one are others, too)"
+STORES_RENAME = " (students of a store are other generations than those of a live teacher: gen.teacher=RUN takes those)"
 
 
 def find_teacher(recipe: Recipe, dataset: Dataset) -> Teacher | None:
@@ -43,6 +48,43 @@ def find_teacher(recipe: Recipe, dataset: Dataset) -> Teacher | None:
             f"the recipe has {recipe.data.holdout}: make them equal, or images of the evaluation may be known to it"
         )
     return Teacher(_identity_of(weights), str(weights))
+
+
+def teacher_weights(recipe: Recipe, generation: Generation) -> tuple[Path, ...]:
+    """Of all that teach a generation, the earliest first; none: it learns from labels alone.
+
+    Raises:
+        UserError: one of them is not trained.
+    """
+    if generation.teacher_weights is not None:
+        return (Path(generation.teacher_weights),)
+    nodes = nodes_folder(recipe)
+    found = [(member, find_node(nodes, member)) for member in generation.members]
+    for member, node in found:
+        if node is None:
+            raise UserError(f"the teacher of generation {generation.index} ({member}) is not in {nodes}")
+    return tuple(node.weights for _, node in found if node is not None)
+
+
+def require_teachers(recipe: Recipe, plan: Sequence[Generation]) -> None:
+    """With gen.only the teacher must be there before anything is begun.
+
+    Raises:
+        UserError: it is not.
+    """
+    nodes = nodes_folder(recipe)
+    planned = {generation.node for generation in plan if generation.train}
+    for generation in plan:
+        for member in {*generation.members} - planned if generation.train else ():
+            if find_node(nodes, member) is not None:
+                continue
+            taught_by = next(other.index for other in plan if other.node == member)
+            raise UserError(
+                f"generation {generation.index} needs its teacher, generation {taught_by} ({member}), which is not in "
+                f"{nodes}: train the recipe without gen.only first, or name a teacher with gen.teacher"
+                f"{STORES_RENAME if recipe.teacher.labels == 'store' else ''}"
+                f"{ENSEMBLES_RENAME if recipe.gen.ensemble_teachers > 1 else ''}"
+            )
 
 
 def teachers_recipe(recipe: Recipe, weights: Path) -> Recipe:
@@ -83,7 +125,7 @@ def _weights_of(recipe: Recipe, name: str) -> Path:
         return _trained(Node(path / f"generation_{before}"), f"{name}: generation {before} of this run")
     if path.is_dir():
         return _trained(Node(path), f"{name}: this node")
-    node = find_node(Path(recipe.run.nodes or "."), name)
+    node = find_node(nodes_folder(recipe), name)
     if node is None:
         raise UserError(
             f"gen.teacher = {name}: neither run folder nor weights file nor trained node of {recipe.run.nodes}"

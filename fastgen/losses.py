@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen.data.batch import Kept, Lesson, Remembered
 from fastgen.laws import confidence_for_eta, eta_for_confidence, ideal_confidence
 from fastgen.plan import Objective
-from fastgen.truncation import Kept, Lesson, Remembered, kept_probabilities
+from fastgen.truncation import kept_probabilities
 
 __all__ = [
     "Loss",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgen.config import Recipe
 from fastgen.errors import UserError
 from fastgen.files import write_json
 
@@ -76,6 +77,17 @@ def open_node(store: Path, node: str) -> Node:
     folder = store / node
     folder.mkdir(parents=True, exist_ok=True)
     return Node(folder)
+
+
+def nodes_folder(recipe: Recipe) -> Path:
+    """Where a recipe's nodes are.
+
+    Raises:
+        ValueError: the recipe did not come from `recipe.read_recipe`, which fills that in.
+    """
+    if recipe.run.nodes is None:
+        raise ValueError("the recipe's run.nodes is not filled in: recipe.read_recipe does that")
+    return Path(recipe.run.nodes)
 
 
 def find_node(store: Path, node: str) -> Node | None:

@@ -12,10 +12,10 @@ from fastgen.augment import Normaliser, jitter_views
 from fastgen.compiling import compiled
 from fastgen.config import TrainSettings
 from fastgen.crops import NO_JITTER, JitterPolicy
+from fastgen.data.batch import Lesson
 from fastgen.grade import Grade, Graded
 from fastgen.lipschitz import lipschitz_term, norms_term
 from fastgen.teacher import Teacher
-from fastgen.truncation import Lesson
 
 # Images of a batch, uint8 or normalised already, and their rows of jitter or None -> what the network sees.
 Prepare = Callable[[Tensor, Tensor | None], Tensor]

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from fastgen.arguments import Arguments
 from fastgen.errors import FastgenError, UserError, command
-from fastgen.label_store import ROWS, SUFFIX, Whereabouts, known_rows, missing_rows, read_columns, read_part
+from fastgen.label_parts import ROWS, SUFFIX, known_rows, missing_rows, read_columns, read_part
+from fastgen.label_store import Whereabouts
 from fastgen.labels import METADATA_KEY, table_damage, table_path
 from fastgen.locks import InUse, locked
 from fastgen.nodes import find_node, read_json

@@ -43,7 +43,7 @@ from fastgen.grid import (
     trainings_of,
 )
 from fastgen.locks import Watch, locked
-from fastgen.nodes import find_node, read_json
+from fastgen.nodes import find_node, nodes_folder, read_json
 from fastgen.recipe import dump, help_text, parse_words
 from fastgen.stop import StopRequest
 from fastgen.sweep_report import is_measured, report
@@ -181,7 +181,7 @@ def main(words: Sequence[str]) -> None:
     _require_minutes(own)
     cells = cells_of(options.grid)
     runs = runs_of(recipes_of(rest, cells, options.seeds), open_dataset)
-    nodes = Path(str(runs[0].recipe.run.nodes))
+    nodes = nodes_folder(runs[0].recipe)
     folder = options.dir or _folder(nodes, rest, options.grid)
     trainings = trainings_of(
         runs, folder, lambda node: find_node(nodes, node) is not None, lambda run: is_measured(folder, run)
@@ -228,7 +228,7 @@ def _submit(
         at_once=options.at_once,
         more=tuple(options.slurm_more),
     )
-    arrays = submit(trainings, there, folder, Path(str(recipe.run.nodes)), wanted)
+    arrays = submit(trainings, there, folder, nodes_folder(recipe), wanted)
     _, rest = split_words(words, SLURM_WORDS, many=(SLURM_MORE,))
     print(
         f"submitted {len(trainings)} trainings as Slurm arrays {', '.join(arrays)}, logs in {folder / 'slurm'}; what "

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -26,8 +25,8 @@ from fastgen.distributed import Group, joined, started_by_launcher
 from fastgen.environment import device_name
 from fastgen.errors import Diverged, Stopped, UserError, command
 from fastgen.launch import exit_code_for, exit_hard, launch, processes_wanted
-from fastgen.lookup import find_teacher
-from fastgen.nodes import Node, find_node, open_node
+from fastgen.lookup import find_teacher, require_teachers, teacher_weights
+from fastgen.nodes import Node, find_node, nodes_folder, open_node
 from fastgen.plan import Generation, describe, make_plan
 from fastgen.progress import PatientConsole
 from fastgen.recipe import read_recipe
@@ -35,8 +34,8 @@ from fastgen.record import Recorder, RunFolder, open_run, run_dir
 from fastgen.results import Results
 from fastgen.shapes import part_shapes
 from fastgen.stop import StopRequest
-from fastgen.supply import store_kind
 from fastgen.tables import confidence_table, error_table, print_table
+from fastgen.teaching import told_stores
 from fastgen.trainer import train_generation
 from fastgen.trial import require_named, require_usable
 from fastgen.workbench import Workbench
@@ -45,10 +44,6 @@ from fastgen.workbench import Workbench
 BEGAN = "FASTGEN_BEGAN_SECONDS"
 
 Plan = tuple[Generation, ...]
-
-# Why a teacher that seems to be there is another one.
-ENSEMBLES_RENAME = " (gen.ensemble_teachers is of all students: those before this one are others, too)"
-STORES_RENAME = " (students of a store are other generations than those of a live teacher: gen.teacher=RUN takes those)"
 
 
 def main(words: Sequence[str]) -> None:
@@ -83,7 +78,9 @@ def train(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> N
     if recipe.run.dry:
         if group.main:
             print(describe(plan))
-            _tell_stores(recipe, dataset, plan)
+            stores = told_stores(recipe, dataset, plan)
+            if stores is not None:
+                print(stores)
         return
     part_shapes(recipe, dataset, group.share)
     # A teacher that the recipe names may be another network.
@@ -91,7 +88,7 @@ def train(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> N
     group.in_turn(lambda: require_usable(recipe, dataset, group.world, taught=taught) if group.main else None)
     device = choose_device(recipe.run, group.local_rank if group.world > 1 else None)
     _require_kernels(recipe, device)
-    group.in_turn(lambda: _require_teachers(recipe, plan))
+    group.in_turn(lambda: require_teachers(recipe, plan))
     minutes = recipe.run.stop_after_minutes
     with ExitStack() as held:
         stop = held.enter_context(StopRequest(None if minutes is None else began + 60 * minutes))
@@ -150,13 +147,13 @@ def _run(
                 f"generation {generation.index} ({generation.node}) is not trained and not needed here: left out"
             )
             continue
-        node = node or Node(_store(recipe) / generation.node)
+        node = node or Node(nodes_folder(recipe) / generation.node)
         if group.main:
             folder.link(generation, node)
         if group.agree(node.finished):
             recorder.say(f"generation {generation.index} ({generation.node}) is trained already")
         else:
-            weights = _teacher_weights(recipe, generation) if group.main else ()
+            weights = teacher_weights(recipe, generation) if group.main else ()
             train_generation(bench, generation, node, group.agree(weights))
         row = results.add(generation, node)
         recorder.event("result", **row)
@@ -200,28 +197,10 @@ def _where(device: torch.device, group: Group) -> str:
     return f"{processes}{device_name(device)}"
 
 
-def _store(recipe: Recipe) -> Path:
-    if recipe.run.nodes is None:
-        raise ValueError("the recipe's run.nodes is not filled in: recipe.read_recipe does that")
-    return Path(recipe.run.nodes)
-
-
 def _node_of(recipe: Recipe, generation: Generation) -> Node | None:
     """The node to train into or to take; None: not trained, and this run may not train it."""
-    return (
-        open_node(_store(recipe), generation.node) if generation.train else find_node(_store(recipe), generation.node)
-    )
-
-
-def _teacher_weights(recipe: Recipe, generation: Generation) -> tuple[Path, ...]:
-    """Of all that teach a generation, the earliest first; none: it learns from labels alone."""
-    if generation.teacher_weights is not None:
-        return (Path(generation.teacher_weights),)
-    found = [(member, find_node(_store(recipe), member)) for member in generation.members]
-    for member, node in found:
-        if node is None:
-            raise UserError(f"the teacher of generation {generation.index} ({member}) is not in {recipe.run.nodes}")
-    return tuple(node.weights for _, node in found if node is not None)
+    look = open_node if generation.train else find_node
+    return look(nodes_folder(recipe), generation.node)
 
 
 def _require_kernels(recipe: Recipe, device: torch.device) -> None:
@@ -233,34 +212,8 @@ def _require_kernels(recipe: Recipe, device: torch.device) -> None:
             require_runnable(device, f"train.{key}")
 
 
-def _tell_stores(recipe: Recipe, dataset: Dataset, plan: Plan) -> None:
-    """How large the label stores of a plan are."""
-    taught = [g for g in plan if g.train and g.teacher is not None]
-    if recipe.teacher.labels != "store" or not taught:
-        return
-    kind = store_kind(recipe, dataset, str(taught[0].teacher))
-    each = recipe.train.epochs * kind.epoch_bytes / 1e9
-    print(f"label stores: {len(taught)} of {each:.3g} GB each, {kind.truncation.how}; {recipe.run.nodes}/labels")
-
-
-def _require_teachers(recipe: Recipe, plan: Plan) -> None:
-    """With gen.only the teacher must be there before anything is begun."""
-    planned = {generation.node for generation in plan if generation.train}
-    for generation in plan:
-        for member in {*generation.members} - planned if generation.train else ():
-            if find_node(_store(recipe), member) is not None:
-                continue
-            taught_by = next(other.index for other in plan if other.node == member)
-            raise UserError(
-                f"generation {generation.index} needs its teacher, generation {taught_by} ({member}), which is not in "
-                f"{recipe.run.nodes}: train the recipe without gen.only first, or name a teacher with gen.teacher"
-                f"{STORES_RENAME if recipe.teacher.labels == 'store' else ''}"
-                f"{ENSEMBLES_RENAME if recipe.gen.ensemble_teachers > 1 else ''}"
-            )
-
-
 def _untrained(recipe: Recipe, plan: Plan) -> list[int]:
-    return [g.index for g in plan if g.train and find_node(_store(recipe), g.node) is None]
+    return [g.index for g in plan if g.train and find_node(nodes_folder(recipe), g.node) is None]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from fastgen.pulse import Pulse, Wish
 from fastgen.random_state import seed_random_state
 from fastgen.schedule import Schedule, make_schedule, resolution_px
 from fastgen.shapes import batch_shapes, part_shapes, view_sizes
-from fastgen.supply import Supply, epoch_names, make_supply
+from fastgen.supply import Supply, make_supply
+from fastgen.teaching import epoch_names
 from fastgen.training import MEANS, Training
 from fastgen.views import EpochViews
 from fastgen.workbench import Workbench
@@ -65,7 +66,7 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
             sides = set(view_sizes(bench.recipe, bench.dataset))
             supply = make_supply(bench, generation, node, teacher_weights, stopwatch, sides, held)
             learner = _start(bench, generation, supply)
-            training = Training(learner, Meter(group), stopwatch, group, bench.recipe.dist.buffers)
+            training = Training(learner, Meter(group), stopwatch, group, bench.recipe.dist.buffers, supply.means)
             _resume(bench, training, node)
             engine = _make_engine(bench, learner, supply)
         _announce(bench, generation, node, schedule, training, engine)
@@ -165,12 +166,10 @@ def _start(bench: Workbench, generation: Generation, supply: Supply) -> Learner:
         recipe,
         dataset.facts,
         generation,
-        supply.live_teacher,
-        supply.prepare,
+        supply,
         bench.device,
         shapes,
         bench.group,
-        supply.means,
     )
 
 

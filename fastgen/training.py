@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastgen.buffers import Rule, own_statistics, put_statistics, together
+from fastgen.consistency import Means
 from fastgen.distributed import Group
 from fastgen.learner import Learner
 from fastgen.meters import Meter, Stopwatch, Tally
@@ -31,6 +32,7 @@ class Training:
         stopwatch: of the generation.
         group: of the run.
         rule: how running statistics are brought together.
+        means: of earlier predictions, which steps add to; None: there are none.
         step: steps taken.
         history: a row an epoch.
         saved_at, save_seconds: when the last checkpoint was written, and how long that took.
@@ -41,6 +43,7 @@ class Training:
     stopwatch: Stopwatch
     group: Group
     rule: Rule
+    means: Means | None = None
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     saved_at: float = field(default_factory=time.monotonic)
@@ -68,7 +71,7 @@ class Training:
             "statistics": own_statistics(self.learner.model),
             "random": random_state(self.learner.device),
         }
-        means = None if self.learner.means is None else self.learner.means.state()
+        means = None if self.means is None else self.means.state()
         return {
             **({} if means is None else {MEANS: means}),
             "step": self.step,
@@ -87,8 +90,8 @@ class Training:
         """
         self.learner.load_state(state)
         rows = state["processes"]
-        if self.learner.means is not None:
-            self.learner.means.restore(means_NC)
+        if self.means is not None:
+            self.means.restore(means_NC)
         if len(rows) == self.group.world:
             own = rows[self.group.rank]
             put_statistics(self.learner.model, own["statistics"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,27 +26,6 @@ STORED_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 # of which the last is all other classes together, and CLASSES int16 (B, M), in falling order of their probabilities.
 Labels = Mapping[str, Tensor]
 LOG_P, CLASSES = "log_p", "classes"
-
-
-class Remembered(NamedTuple):
-    """Where the means of a batch's earlier predictions are kept; see `consistency.Means`.
-
-    Attributes:
-        rows_B: int64 (B,).
-    """
-
-    rows_B: Tensor
-
-
-class Kept(NamedTuple):
-    """What a loss is told of a teacher of which M < C classes a row are kept; see `Labels`."""
-
-    log_p_BN: Tensor
-    classes_BM: Tensor
-
-
-# What a batch brings along for its loss: the teacher's logits, some of them, or where earlier predictions are.
-Lesson = Tensor | Kept | Remembered
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -56,6 +57,16 @@ def _server_of_processes():
     from processes import start_server
 
     start_server()
+
+
+@pytest.fixture
+def _signals_are_heard():
+    """Under `nohup`, or in a shell's background, SIGHUP or SIGINT is ignored, here and in what is started from here."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from processes import run_processes
 from safetensors.torch import load_file
 
 from fastgen import train, trainer
+from fastgen.config import TrainSettings
 from fastgen.consistency import Means
+from fastgen.data.batch import Remembered
 from fastgen.distributed import ALONE
 from fastgen.errors import Stopped
 from fastgen.grade import make_grade
 from fastgen.plan import Objective
-from fastgen.truncation import Remembered
 from fastgen.views import Share, batch_positions
 
 CPU = torch.device("cpu")
@@ -42,7 +43,9 @@ def views_of(order):
 
 
 def make_means(group=ALONE, dtype="fp32"):
-    return Means(IMAGES, CLASSES, BATCH, EPOCHS, WEIGHT, dtype, CPU, group)
+    train = TrainSettings(epochs=EPOCHS, batch_size=BATCH)
+    objective = Objective(consistency_weight=WEIGHT, consistency_dtype=dtype)
+    return Means(IMAGES, CLASSES, train, objective, CPU, group)
 
 
 def run_epochs(means, share, first=0, until=EPOCHS, stop_at=None):
@@ -156,16 +159,13 @@ def test_several_processes_go_on_from_what_one_had(tmp_path):
         assert torch.equal(table, full[torch.from_numpy(own)])
 
 
-def test_means_are_forgotten_before_the_first_epoch_alone():
+def test_what_rehearsed_steps_have_left_is_forgotten():
     means = make_means()
     means.term(torch.full((2, CLASSES), 0.2), torch.tensor([0, 1]))
     assert means.table_RC.any()
-    means.clear()
-    assert not means.table_RC.any()
     assert means.state() is None
     means.begin(0, views_of(orders()[0]))
-    with pytest.raises(ValueError, match="would be lost"):
-        means.clear()
+    assert not means.table_RC.any()
 
 
 def test_a_grade_without_means_is_refused():

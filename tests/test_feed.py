@@ -44,6 +44,7 @@ def feed_on(recipe, folder, *more):
         ["--teacher.labels=store", "--teacher.store_classes=3"],
         ["--teacher.engine=fused", "--teacher.look_ahead_batches=2", "--train.precision=bf16"],
         ["--data.backend=folder", "--data.workers=1", "--data.rotation_degrees=5", "--train.accumulate_steps=2"],
+        ["--gen.patriarch=soteacher", "--gen.confidence=1.0", "--train.engine=graph", "--train.graph_steps=2"],
         ["--data.backend=dali", "--data.workers=1", "--train.engine=graph"],
     ],
     ids=" ".join,

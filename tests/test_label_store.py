@@ -11,13 +11,15 @@ import pytest
 import torch
 from taught import COUNT, CPU, CROP, epoch_of, tiny_prepare, tiny_split, tiny_store_kind, tiny_teacher
 
-from fastgen import label_store
+from fastgen import label_parts, label_store
 from fastgen.crops import JitterPolicy
+from fastgen.data.batch import Kept
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import MachineError, UserError
-from fastgen.label_store import LabelStore, Whereabouts, epoch_folder, missing_rows, part_paths, read_part
+from fastgen.label_parts import epoch_folder, missing_rows, part_paths, read_part
+from fastgen.label_store import LabelStore, Whereabouts
 from fastgen.lessons import LookAhead, StoreLoader, StoreSource
-from fastgen.truncation import CLASSES, LOG_P, Kept, Truncation
+from fastgen.truncation import CLASSES, LOG_P, Truncation
 from fastgen.views import EpochName, Share
 
 DENSE, SOME, EXACT = Truncation(10, 10, "fp16"), Truncation(10, 3, "fp16"), Truncation(10, 10, "fp32")
@@ -335,7 +337,7 @@ def test_a_full_disk_leaves_what_was_there(split, loader, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(label_store, "write_atomically", full)
+        patch.setattr(label_parts, "write_atomically", full)
         with pytest.raises(OSError, match="No space"):
             store.flush()
     assert store.missing([EpochName(3, 1, 0, 8, 6), EpochName(3, 1, 1, 8, 6)]) == 0
@@ -385,7 +387,7 @@ def test_what_a_kill_within_a_write_left_is_removed(split, loader, tmp_path):
 
 def test_a_part_that_goes_between_listing_and_reading_is_told(tmp_path):
     with pytest.raises(MachineError, match=r"gone.part: has gone while labels were read: start again"):
-        label_store.read_part(tmp_path / "gone.part")
+        read_part(tmp_path / "gone.part")
 
 
 def test_other_stores_of_a_teacher_are_told_with_what_differs(tmp_path):

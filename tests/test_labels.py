@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from taught import CLASSES, COUNT, CPU, CROP, MEAN, STD, epoch_of, tiny_prepare, tiny_split, tiny_teacher
 
-from fastgen import labelling, supply, train
+from fastgen import labelling, teaching, train
 from fastgen.crops import JitterPolicy, ShiftCrop
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import MachineError, Stopped, UserError
@@ -416,7 +416,7 @@ def test_more_batches_ahead_than_there_are_is_the_whole_epoch(live, tmp_path):
 
 
 def test_only_shapes_that_come_are_shown_to_the_teacher(tmp_path, monkeypatch):
-    seen, right = [], supply.make_teacher
+    seen, right = [], teaching.make_teacher
 
     def watched(*words, **options):
         teacher = right(*words, **options)
@@ -427,7 +427,7 @@ def test_only_shapes_that_come_are_shown_to_the_teacher(tmp_path, monkeypatch):
 
         return replace(teacher, network=network)
 
-    monkeypatch.setattr(supply, "make_teacher", watched)
+    monkeypatch.setattr(teaching, "make_teacher", watched)
     run(tmp_path, "run", "--teacher.look_ahead_batches=2", "--train.batch_size=45", "--gen.generations=1")
     # 200 images in batches of 45: groups of 90, 90 and 20. Warmed up once each, then two epochs.
     assert seen == [20, 90, *2 * [90, 90, 20]]
@@ -451,7 +451,7 @@ def test_the_first_student_makes_the_table_and_the_next_only_reads_it(tmp_path, 
     assert "labels" not in training_of(first, 0)["seconds"]
     out = capsys.readouterr().out
     assert "labels 9 views of 200 images: 9 of 9" in out
-    monkeypatch.setattr(supply, "make_teacher", lambda *words, **options: 1 / 0)
+    monkeypatch.setattr(teaching, "make_teacher", lambda *words, **options: 1 / 0)
     words = ["--teacher.labels=table", "--gen.generations=1", "--gen.only=1", "--gen.teacher_weight=0.3"]
     again = run(tmp_path, "again", *words, f"--run.nodes={first.parent / 'nodes'}")
     assert training_of(again, 1)["path"]["teacher"] == training_of(first, 1)["path"]["teacher"]

@@ -343,6 +343,7 @@ def test_a_signal_to_one_process_before_it_trains_is_a_stop(run, folder):
     assert attempts(folder) == 1
 
 
+@pytest.mark.usefixtures("_signals_are_heard")
 def test_signals_to_the_parent_are_passed_on(folder, start):
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
     places = [folder / number.name for number in numbers]

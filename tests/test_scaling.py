@@ -20,6 +20,7 @@ from benchmarks.scaling_steps import case_of, cut, make_rig, read_setup, scaled,
 from fastgen.data.resident import ResidentLoader
 from fastgen.distributed import ALONE, Group
 from fastgen.errors import UserError, command
+from fastgen.supply import Supply
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -300,6 +301,25 @@ def test_a_student_has_a_teacher_and_the_patriarch_none(write_recipe):
         rig = make_rig(case, supply, FIRST_OF_TWO, summed=False)
         rig.step()
         assert rig.meter.read().images == 64
+
+
+@pytest.mark.parametrize("more", [[], ["--train.engine=graph", "--train.graph_steps=2"]], ids=" ".join)
+def test_a_patriarch_remembers_its_predictions_of_all_images_it_saw(more, write_recipe, monkeypatch):
+    made, attach = [], Supply.with_means
+    monkeypatch.setattr(
+        Supply, "with_means", lambda self, means, device: made.append(means) or attach(self, means, device)
+    )
+    setup = setup_of(write_recipe(), "--gen.patriarch=soteacher", "--gen.confidence=1.0", *more, role="patriarch")
+    case = case_of(setup, "one", ALONE, CPU)
+    rig = scaling_ranks.make_rigs(setup, "one", ALONE, case)[WHOLE]
+    means, size = made[0], setup.recipe.train.batch_size
+    assert not means.table_RC.any()
+    for _ in range(2):
+        rig.step()
+    seen_R = means.table_RC.any(1)
+    assert seen_R.sum() == 2 * size
+    # Of whole predictions, each once.
+    torch.testing.assert_close(means.table_RC[seen_R].sum(1), torch.ones(2 * size))
 
 
 def test_random_images_are_those_of_the_data_set_in_number_and_size(write_recipe):

@@ -276,6 +276,7 @@ def test_a_killed_process_ends_the_command_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("_signals_are_heard")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_is_left_when_the_command_ends(tmp_path, number):
     with long_command(tmp_path) as (process, children):

@@ -42,6 +42,7 @@ def test_the_first_signal_is_the_one_that_is_told():
     assert caught.value.exit_code == 128 + 15
 
 
+@pytest.mark.usefixtures("_signals_are_heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_each_of_the_signals_asks_for_a_stop_and_is_given_back(number):
     before = signal.getsignal(number)

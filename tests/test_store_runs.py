@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgen import label_store, supply, train
+from fastgen import label_parts, label_store, supply, teaching, train
 from fastgen.errors import MachineError, Stopped, UserError
 from fastgen.locks import locked
 
@@ -55,7 +55,7 @@ def require_equal(ours, theirs):
 @pytest.fixture
 def no_teacher(monkeypatch):
     """Function that lets any further teacher fail the test."""
-    return lambda: monkeypatch.setattr(supply, "make_teacher", lambda *words, **options: 1 / 0)
+    return lambda: monkeypatch.setattr(teaching, "make_teacher", lambda *words, **options: 1 / 0)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_a_run_whose_store_was_taken_over_goes_on_and_keeps_nothing_more(tmp_pat
     monkeypatch.setattr(supply.Supply, "keep", keep)
     other = run(tmp_path, "other", STORE)
     require_equal(weights(other), expected)
-    parts = [part.parent.name for part in (tmp_path / "nodes").rglob(f"*{label_store.SUFFIX}")]
+    parts = [part.parent.name for part in (tmp_path / "nodes").rglob(f"*{label_parts.SUFFIX}")]
     assert parts == ["epoch_0000_8x8"]
     told = " ".join(capsys.readouterr().out.split())
     assert told.count("another run adds to it now: no more of this one is kept") == 1
@@ -193,7 +193,7 @@ def test_longer_trainings_ask_for_the_epochs_that_are_not_there(tmp_path):
     teacher = (first / "generation_0").resolve().name
     other = run(tmp_path, "other", STORE, "--gen.only=1", f"--gen.teacher={teacher}", "--train.epochs=3")
     assert "filled by folded" in training_of(other)["path"]["teacher"]
-    parts = sorted(part.parent.name for part in (tmp_path / "nodes").rglob(f"*{label_store.SUFFIX}"))
+    parts = sorted(part.parent.name for part in (tmp_path / "nodes").rglob(f"*{label_parts.SUFFIX}"))
     assert parts == ["epoch_0000_8x8", "epoch_0001_8x8", "epoch_0002_8x8"]
 
 
@@ -202,7 +202,7 @@ def test_a_stop_keeps_what_was_asked_and_the_run_goes_on_to_the_same_weights(tmp
     for name in ("whole", "torn"):
         (tmp_path / name).mkdir()
     whole = run(tmp_path / "whole", "run", STORE)
-    asked, right = [], supply.make_teacher
+    asked, right = [], teaching.make_teacher
 
     def counting(*words, **options):
         teacher = right(*words, **options)
@@ -216,7 +216,7 @@ def test_a_stop_keeps_what_was_asked_and_the_run_goes_on_to_the_same_weights(tmp
 
         return replace(teacher, network=network)
 
-    monkeypatch.setattr(supply, "make_teacher", counting)
+    monkeypatch.setattr(teaching, "make_teacher", counting)
     with pytest.raises(Stopped):
         run(tmp_path / "torn", "run", STORE)
     asked[:] = [10**6]
@@ -281,7 +281,7 @@ def test_two_processes_fill_it_and_one_reads_it(tmp_path, run_command):
     words = ["--cfg", tmp_path / "tiny.yaml", f"--run.nodes={tmp_path / 'nodes'}", STORE, "--teacher.store_classes=3"]
     done = run_command([*words, f"--run.dir={tmp_path / 'two'}", "--dist.processes=2"], folder=tmp_path)
     assert done.code == 0, done.err
-    parts = list((tmp_path / "nodes").rglob(f"*{label_store.SUFFIX}"))
+    parts = list((tmp_path / "nodes").rglob(f"*{label_parts.SUFFIX}"))
     assert len(parts) == 4
     forget(tmp_path / "two")
     done = run_command([*words, f"--run.dir={tmp_path / 'one'}"], folder=tmp_path)
@@ -304,13 +304,13 @@ def test_a_store_that_another_run_fills_is_not_written_to(tmp_path, capsys):
         in (capsys.readouterr().out.replace("\n", " "))
     )
     require_equal(weights(other), expected)
-    assert not list((tmp_path / "nodes").rglob(f"*{label_store.SUFFIX}"))
+    assert not list((tmp_path / "nodes").rglob(f"*{label_parts.SUFFIX}"))
 
 
 def test_a_damaged_part_is_one_line(tmp_path):
     first = run(tmp_path, "first", STORE)
     forget(first)
-    part = sorted((tmp_path / "nodes").rglob(f"*{label_store.SUFFIX}"))[0]
+    part = sorted((tmp_path / "nodes").rglob(f"*{label_parts.SUFFIX}"))[0]
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
@@ -329,7 +329,7 @@ def test_no_room_is_told_before(tmp_path, monkeypatch):
 
 
 def test_more_classes_than_int16_numbers_are_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(supply, "MOST_STORED_CLASSES", 9)
+    monkeypatch.setattr(teaching, "MOST_STORED_CLASSES", 9)
     with pytest.raises(UserError, match=r"numbers classes up to 9, the data set has 10: set teacher\.labels=live"):
         run(tmp_path, "run", STORE, "--teacher.store_classes=3")
     assert run(tmp_path, "dense", STORE)

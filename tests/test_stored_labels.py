@@ -13,7 +13,8 @@ from fastgen import stored_labels
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import command
 from fastgen.files import write_json
-from fastgen.label_store import LabelStore, Whereabouts, epoch_folder, generation_folder, part_paths, whereabouts
+from fastgen.label_parts import epoch_folder, generation_folder, part_paths
+from fastgen.label_store import LabelStore, Whereabouts, whereabouts
 from fastgen.labelling import build_table
 from fastgen.labels import TableKind
 from fastgen.lessons import LookAhead, StoreLoader

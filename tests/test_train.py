@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgen import learner, supply
+from fastgen import learner, teaching
 from fastgen.data.resident import ResidentLoader
 from fastgen.errors import Stopped, UserError
 from fastgen.evaluate import main as evaluate_main
@@ -163,7 +163,7 @@ def test_students_start_fresh(finished, monkeypatch):
 
 def test_teacher_and_student_see_the_same_pixels(finished, monkeypatch):
     seen: dict[str, list[torch.Tensor]] = {"teacher": [], "student": []}
-    original = supply.make_teacher
+    original = teaching.make_teacher
 
     def recorded(*words, **options):
         teach = original(*words, **options)
@@ -174,7 +174,7 @@ def test_teacher_and_student_see_the_same_pixels(finished, monkeypatch):
 
         return replace(teach, network=network)
 
-    monkeypatch.setattr(supply, "make_teacher", recorded)
+    monkeypatch.setattr(teaching, "make_teacher", recorded)
     build = learner.fresh_network
 
     def watched(*arguments):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastgen.data.batch import Kept
 from fastgen.grade import make_grade
 from fastgen.losses import distill, make_loss
 from fastgen.plan import Objective
-from fastgen.truncation import CLASSES, LOG_P, Kept, Truncation, kept_probabilities, truncation
+from fastgen.truncation import CLASSES, LOG_P, Truncation, kept_probabilities, truncation
 
 ROWS, WIDE = 40, 150
 FP16, FP32 = 2.0**-11, 2.0**-24

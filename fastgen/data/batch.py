@@ -5,18 +5,39 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastgen.crops import Int64
-from fastgen.truncation import CLASSES, LOG_P, Kept, Labels, Lesson, Remembered
+from fastgen.truncation import CLASSES, LOG_P, Labels
 from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
 if TYPE_CHECKING:
     from fastgen.data.split import AnySplit
+
+
+class Remembered(NamedTuple):
+    """Where the means of a batch's earlier predictions are kept; see `consistency.Means`.
+
+    Attributes:
+        rows_B: int64 (B,).
+    """
+
+    rows_B: Tensor
+
+
+class Kept(NamedTuple):
+    """What a loss is told of a teacher of which M < C classes a row are kept; see `truncation.Labels`."""
+
+    log_p_BN: Tensor
+    classes_BM: Tensor
+
+
+# What a batch brings along for its loss: the teacher's logits, some of them, or where earlier predictions are.
+Lesson = Tensor | Kept | Remembered
 
 
 @dataclass(frozen=True)
