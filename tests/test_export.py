@@ -30,6 +30,7 @@ from fastgen.errors import MachineError, UserError, command
 from fastgen.evaluate import load_network
 from fastgen.export import command as export
 from fastgen.export import onnx_file, place, weights_file
+from fastgen.export.card import measured_by
 from fastgen.export.check import FACTOR, Reference, agreement, batches_of, passes_of, reference_of
 from fastgen.export.images import images_of
 from fastgen.export.onnx_file import Graph, feeding, run_onnx, to_onnx
@@ -457,7 +458,7 @@ def test_images_are_the_run_s_own_and_spread_over_its_evaluation_set(digits_run,
     _, dataset, pixels_NCHW = digits
     found = images_of(subject_of_run(digits_run), 50)
     assert torch.equal(found.pixels_NCHW, pixels_NCHW[np.arange(50) * 355 // 50])
-    assert found.what == "test images of digits"
+    assert found.what == "test images of the run's own data"
     assert len(images_of(subject_of_run(digits_run), 1000)) == len(dataset.evaluation) == 355
 
 
@@ -467,6 +468,20 @@ def test_data_of_other_classes_are_not_the_run_s(digits_run):
     found = images_of(other, 5)
     assert "holds 10 classes, and the network is for 9" in found.why_random
     assert found.pixels_NCHW.shape == (5, 1, 8, 8)
+
+
+def test_results_of_other_networks_are_not_told(tmp_path, digits_run):
+    of = subject_of_run(digits_run)
+    row = {"generation": 0, "node": of.members[0].node, "samples_evaluated": 9, "top1_error": 1.0, "top5_error": 2.0}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"evaluated_on": "test", "generations": [row]}))
+    expected = {"part": "test", "images": 9, "top1_error": 1.0, "top5_error": 2.0, "nll": None, "ece": None}
+    assert measured_by(tmp_path, of) == expected
+    path.write_text(json.dumps({"evaluated_on": "test", "generations": [row | {"node": "another"}]}))
+    assert measured_by(tmp_path, of) is None
+    path.write_text(json.dumps({"evaluated_on": "test"}))
+    with pytest.raises(UserError, match=r"results\.json: is damaged \(KeyError"):
+        measured_by(tmp_path, of)
 
 
 # What is refused, and what is left.
@@ -649,6 +664,8 @@ def test_what_a_killed_export_left_is_removed(capsys, tmp_path, plain_run):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     host = place.socket.gethostname()
+    # This process's own number is that of an earlier one.
+    (tmp_path / f".generation_2.{host}-{os.getpid()}.partial").mkdir()
     kept = [f".generation_2.{host}-{os.getppid()}.partial", f".generation_2.elsewhere-{dead.pid}.partial"]
     kept += [f".generation_1.{host}-{dead.pid}.partial"]
     for name in [*kept, f".generation_2.{host}-{dead.pid}.partial"]:

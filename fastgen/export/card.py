@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen import __version__
+from fastgen.errors import UserError
 from fastgen.export.check import FACTOR, Agreement, Reference
 from fastgen.export.images import Images
 from fastgen.export.onnx_file import IMAGES, Input
@@ -36,6 +37,13 @@ def measured_by(run: Path, subject: Subject) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     results = read_json(path)
+    try:
+        return _row_of(results, subject)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error!r}): start the run's own command again") from None
+
+
+def _row_of(results: Mapping[str, Any], subject: Subject) -> dict[str, Any] | None:
     rows = {row["generation"]: row for row in results["generations"]}
     found = [rows.get(member.generation) for member in subject.members]
     nodes = [None if row is None else row["node"] for row in found]

@@ -76,7 +76,7 @@ def _own(recipe: Recipe, dataset: Dataset, count: int) -> Images:
     if order.tolist() != split.ids.tolist():
         raise ValueError("the loader gave other images than were asked for")
     pixels_NCHW = torch.cat([batch.images_NCHW for batch in batches]).contiguous()
-    return Images(pixels_NCHW, f"{dataset.evaluated_on} images of {recipe.data.dataset}", dataset.class_names)
+    return Images(pixels_NCHW, f"{dataset.evaluated_on} images of the run's own data", dataset.class_names)
 
 
 def _random(subject: Subject, count: int, why: str) -> Images:

@@ -120,10 +120,10 @@ def _told_of(folder: Path) -> Iterator[None]:
 
 
 def _cannot_write(kind: type[FastgenError], folder: Path, error: OSError) -> FastgenError:
-    place = error.filename or folder
-    return (UserError if kind is UserError else MachineError)(
-        f"{place}: {error.strerror or error}: free some space, or name another folder with --to"
-    )
+    told = f"{error.filename or folder}: {error.strerror or error}"
+    if kind is UserError:
+        return UserError(f"{told}: name a folder that you may write to with --to")
+    return MachineError(f"{told}: free some space, or name another folder with --to")
 
 
 @contextmanager
@@ -159,6 +159,9 @@ def _remove_left_over(folder: Path, stem: str) -> None:
 
 
 def _lives(process: int) -> bool:
+    if process == os.getpid():
+        # Numbers come again: this process has not begun yet.
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
