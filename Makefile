@@ -10,12 +10,15 @@ LOADERS_STAMP := $(ENV)/.fastgen-loaders-installed
 # OpenCV and libjpeg-turbo for FFCV and the native decoder; a compiler and Python's headers for these and torch.compile.
 SYSTEM_PACKAGES := g++ python3-dev pkg-config libopencv-dev libturbojpeg0-dev libjpeg62-turbo-dev
 
-.PHONY: demo test soak env loaders check system lock clean
+# For the test that opens the report in a browser; without one it is skipped.
+BROWSER_PACKAGES := chromium fonts-dejavu-core
+
+.PHONY: demo test soak env loaders check system browser lock clean
 
 demo: env
 	$(BIN)/python -m fastgen.train --cfg rcp/demo.yaml
 
-test: loaders check
+test: loaders browser check
 	$(BIN)/python -m pytest
 
 # What is lost when things fail? Kills, stops, full disks and damage, for some 25 minutes of two cores. SOAK=--share=0.1 for less.
@@ -47,6 +50,11 @@ system: env
 		test -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" && \
 		printf '#include <stdio.h>\n#include <jpeglib.h>\n' | g++ -fsyntax-only -xc++ -; } 2>/dev/null || \
 		{ apt-get update && apt-get install -y --no-install-recommends $(SYSTEM_PACKAGES); }
+
+browser:
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || \
+		{ apt-get update && apt-get install -y --no-install-recommends $(BROWSER_PACKAGES); } || \
+		echo "no Chromium could be installed: the tests that open the report in a browser will be skipped"
 
 # Resolves all versions anew, for every platform and Python that the project supports. Needs `make system` before.
 lock: env
