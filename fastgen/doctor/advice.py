@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -13,7 +14,27 @@ from fastgen.extras import PACKAGES, SYSTEM_PACKAGES, install_line, system_line
 
 def install(name: str) -> str:
     """The line that installs a package of `extras.PACKAGES` into this environment."""
-    return install_line(name, installer())
+    return _with_headers(name, install_line(name, installer()))
+
+
+def reinstall(name: str) -> str:
+    """The line that installs a package anew, and nothing that it needs."""
+    words = shlex.quote(PACKAGES[name].requirement)
+    # Of what was compiled here once, pip keeps a copy, which may be what does not fit.
+    return _with_headers(name, f"{installer()} --force-reinstall --no-deps --no-cache-dir {words}")
+
+
+def _with_headers(name: str, line: str) -> str:
+    """FFCV is compiled as it is installed; where what it is compiled with is missing, that comes first."""
+    return line if name != "ffcv" or _has_headers() else f"{system()} && {line}"
+
+
+def _has_headers() -> bool:
+    """Whether FFCV's setup finds a compiler, OpenCV and libjpeg-turbo."""
+    if not (shutil.which("g++") and shutil.which("pkg-config")):
+        return False
+    done = subprocess.run(["pkg-config", "--exists", "opencv4", "libturbojpeg"], capture_output=True)
+    return done.returncode == 0
 
 
 def installer() -> str:
@@ -44,4 +65,4 @@ def system(*packages: str) -> str:
 
 def package_of(module: str) -> str | None:
     """The package that an imported name belongs to, where fastgen knows it."""
-    return next((name for name, package in PACKAGES.items() if package.module == module), None)
+    return next((name for name, package in PACKAGES.items() if module and package.module == module), None)

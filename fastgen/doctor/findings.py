@@ -60,6 +60,7 @@ class Trial:
         probe: tries it. What it raises is told as broken, or as missing where a package is not installed.
         session: trials of the same one share a process, in their order.
         needs_torch: False: it says something also where torch does not import.
+        package: of `extras.PACKAGES`, that is installed anew where it is broken; empty: none.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Trial:
     probe: Callable[[Place], Answer]
     session: str
     needs_torch: bool = True
+    package: str = ""
 
 
 @dataclass(frozen=True)

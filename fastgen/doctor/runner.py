@@ -15,9 +15,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastgen.doctor.advice import reinstall
 from fastgen.doctor.findings import Answer, Finding, Mark, Place, Trial
 from fastgen.doctor.worker import worker_command
 
@@ -155,7 +157,9 @@ class _Work:
             for message in messages:
                 self._hear(process, message)
             late = time.monotonic() - process.since > self._limit
-            if not process.left or late or (gone and not messages):
+            if self._is_vain(process):
+                self._stop(process)
+            elif not process.left or late or (gone and not messages):
                 self._finish(process, late=late)
 
     def _hear(self, process: _Process, message: Mapping[str, Any]) -> None:
@@ -165,19 +169,33 @@ class _Work:
             self._add(process.left.pop(0), Answer(Mark(message["mark"]), **about), now - process.since)
             process.since = now
 
-    def _finish(self, process: _Process, *, late: bool) -> None:
-        """Takes leave of a process; what it was at is found broken, and the rest waits for another one."""
+    def _is_vain(self, process: _Process) -> bool:
+        """Whether torch, that it needs, has turned out not to work."""
+        torch = self._found.get(TORCH)
+        return torch is not None and not torch.ok and any(trial.needs_torch for trial in process.left)
+
+    def _stop(self, process: _Process) -> None:
+        """Ends a process; what of its trials can still be tried waits for another one."""
         self._processes.remove(process)
-        seconds = time.monotonic() - process.since
         if process.left:
-            blamed, *rest = process.left
-            how = f"not done after {self._limit:g} s: ended" if late else process.how_it_ended()
-            self._add(blamed, Answer(Mark.BROKEN, how), seconds)
-            if rest:
-                self._waiting.insert(0, rest)
+            self._waiting.insert(0, process.left)
         process.end()
 
+    def _finish(self, process: _Process, *, late: bool) -> None:
+        """Takes leave of a process; what it was at is found broken, and the rest waits for another one."""
+        if process.left:
+            blamed = process.left.pop(0)
+            answer = self._late() if late else Answer(Mark.BROKEN, process.how_it_ended())
+            self._add(blamed, answer, time.monotonic() - process.since)
+        self._stop(process)
+
+    def _late(self) -> Answer:
+        text = f"hangs, or is slow: not done after {self._limit:g} s, and ended"
+        return Answer(Mark.BROKEN, text, f"on a busy machine, give it longer with --limit_seconds={5 * self._limit:g}")
+
     def _add(self, trial: Trial, answer: Answer, seconds: float) -> None:
+        if answer.mark is Mark.BROKEN and trial.package and not answer.mend:
+            answer = replace(answer, mend=reinstall(trial.package))
         self._found[trial.name] = Finding(trial.name, trial.group, trial.purpose, answer, round(seconds, 2))
 
     def end(self) -> None:

@@ -34,7 +34,7 @@ def torch_itself(place: Place) -> Answer:
     product = torch.ones(8, 8) @ torch.ones(8, 8)
     if float(product.sum()) != 8**3:
         return Answer(Mark.BROKEN, f"{torch.__version__}: computes wrongly", advice.install("torch"))
-    return checked_version("torch", f"{built}, {torch.get_num_threads()} threads")
+    return checked_version("torch", f"{built}, threads: {torch.get_num_threads()}")
 
 
 def gpu(place: Place) -> Answer:
@@ -66,9 +66,7 @@ def _why_no_gpu(built_for: str | None) -> Answer:
             Mark.BROKEN, f"torch sees none: {error}", "install NVIDIA's driver anew, or restart after its update"
         )
     if driver is None or not driver.gpus:
-        return Answer(
-            Mark.NOT_USED, "torch sees none, and there is no NVIDIA driver that does" if driver is None else NO_GPU
-        )
+        return Answer(Mark.NOT_USED, "no GPU: there is no NVIDIA driver" if driver is None else NO_GPU)
     if built_for is None:
         text = f"torch is built for the CPU alone, and there is {driver.gpus[0].name}"
         return Answer(Mark.BROKEN, text, f"{advice.installer()} --force-reinstall torch torchvision, built for CUDA")
@@ -133,9 +131,11 @@ def _kind(device: torch.device) -> str:
 
 
 def compiling(place: Place) -> Answer:
-    """torch.compile: compiles a small function and its gradient, and runs them."""
-    # No pool of processes, which would outlive the trial.
+    """torch.compile: compiles a small function and runs it."""
+    # No pool of processes, which would outlive the trial; and no headers compiled beforehand, which one kernel
+    # does not pay for.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place.scratch / "inductor")
     import torch
 
@@ -145,13 +145,12 @@ def compiling(place: Place) -> Answer:
         return (x.sin() * x.cos()).relu().sum()
 
     device = _device(torch)
-    values = torch.linspace(0, 1, 64, device=device, requires_grad=True)
+    values = torch.linspace(0, 1, 64, device=device)
     try:
-        loss = compiled(small, 1)(values)
-        loss.backward()
+        found = compiled(small, 1)(values)
     except torch._dynamo.exc.TorchDynamoException as error:
         return Answer(Mark.BROKEN, _told(error), advice.system("g++", "python3-dev"))
-    if not torch.allclose(loss, small(values), atol=1e-5):
+    if not torch.allclose(found, small(values), atol=1e-4):
         return Answer(Mark.BROKEN, "what is compiled gives another result")
     return Answer(Mark.OK, f"compiles for {device.type}")
 

@@ -44,12 +44,16 @@ def ffcv(place: Place) -> Answer:
     return _decoded(FfcvDecoder(), checked_version("ffcv", "decodes"))
 
 
+def dali_package() -> str:
+    """The one of DALI's packages, which differ in CUDA's version, that is installed; or else the first."""
+    return next((name for name in DALI if installed_version(name)), DALI[0])
+
+
 def dali(place: Place) -> Answer:
     """NVIDIA DALI: decodes a JPEG on the CPU."""
     import numpy as np
 
     found = importlib.import_module("nvidia.dali")
-    names = [name for name in DALI if installed_version(name)]
     pipeline = found.Pipeline(1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         content = found.fn.external_source(name="content", ndim=1)
@@ -57,7 +61,7 @@ def dali(place: Place) -> Answer:
     pipeline.build()
     jpeg, pixels_HWC = _picture()
     pipeline.feed_input("content", [np.frombuffer(jpeg, np.uint8)])
-    return _compared(pipeline.run()[0].at(0), pixels_HWC, checked_version((names or DALI)[0], "decodes on the CPU"))
+    return _compared(pipeline.run()[0].at(0), pixels_HWC, checked_version(dali_package(), "decodes on the CPU"))
 
 
 def _picture() -> tuple[bytes, Any]:

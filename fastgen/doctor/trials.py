@@ -15,16 +15,16 @@ TOGETHER, DATA, EXTRAS, DEVELOPMENT = "Processes that train together", "Data", "
 
 
 def _core(name: str) -> Trial:
-    return Trial(name, CORE, PACKAGES[name].purpose, package(name), "packages", needs_torch=False)
+    return Trial(name, CORE, PACKAGES[name].purpose, package(name), "packages", False, name)
 
 
 def _extra(name: str, *, needs_torch: bool = False) -> Trial:
     session = "torch" if needs_torch else "packages"
-    return Trial(name, EXTRAS, PACKAGES[name].purpose, package(name), session, needs_torch)
+    return Trial(name, EXTRAS, PACKAGES[name].purpose, package(name), session, needs_torch, name)
 
 
 def _tool(name: str) -> Trial:
-    return Trial(name, DEVELOPMENT, PACKAGES[name].purpose, tool(name), "packages", needs_torch=False)
+    return Trial(name, DEVELOPMENT, PACKAGES[name].purpose, tool(name), "packages", False, name)
 
 
 def _machine(name: str, purpose: str, probe: Callable[[Place], Answer], session: str = "machine") -> Trial:
@@ -38,8 +38,10 @@ TRIALS: tuple[Trial, ...] = (
     _machine("shared_memory", "workers of data.backend=folder", machine.shared_memory),
     _machine("runs", "run folders", machine.runs, "runs"),
     _machine("driver", "GPUs", driver.driver, "driver"),
-    Trial("torch", TRAINING, PACKAGES["torch"].purpose, torch_trials.torch_itself, "torch", needs_torch=False),
-    Trial("torchvision", TRAINING, PACKAGES["torchvision"].purpose, package("torchvision"), "torch"),
+    Trial("torch", TRAINING, PACKAGES["torch"].purpose, torch_trials.torch_itself, "torch", False, "torch"),
+    Trial(
+        "torchvision", TRAINING, PACKAGES["torchvision"].purpose, package("torchvision"), "torch", package="torchvision"
+    ),
     Trial("gpu", TRAINING, "training on a GPU", torch_trials.gpu, "torch"),
     Trial("training", TRAINING, "everything", training.training, "training"),
     *(_core(name) for name, about in PACKAGES.items() if not about.extras and name not in ("torch", "torchvision")),
@@ -51,9 +53,9 @@ TRIALS: tuple[Trial, ...] = (
     Trial("gloo", TOGETHER, "dist.processes of several on a CPU; control of those on GPUs", torch_trials.gloo, "gloo"),
     Trial("nccl", TOGETHER, "dist.processes of several GPUs", torch_trials.nccl, "cuda"),
     Trial("native", DATA, "data.beton_decoder=native, the default of data.backend=ffcv", training.native, "native"),
-    Trial("ffcv", DATA, PACKAGES["ffcv"].purpose, training.ffcv, "ffcv"),
-    Trial("dali", DATA, PACKAGES["nvidia-dali-cuda120"].purpose, training.dali, "dali", needs_torch=False),
-    Trial("scikit-learn", EXTRAS, PACKAGES["scikit-learn"].purpose, scikit_learn, "packages", needs_torch=False),
+    Trial("ffcv", DATA, PACKAGES["ffcv"].purpose, training.ffcv, "ffcv", package="ffcv"),
+    Trial("dali", DATA, PACKAGES["nvidia-dali-cuda120"].purpose, training.dali, "dali", False, training.dali_package()),
+    Trial("scikit-learn", EXTRAS, PACKAGES["scikit-learn"].purpose, scikit_learn, "packages", False, "scikit-learn"),
     _extra("timm", needs_torch=True),
     _extra("submitit"),
     _extra("onnx"),

@@ -14,6 +14,7 @@ from typing import Any
 from fastgen.doctor.advice import install, package_of
 from fastgen.doctor.findings import Answer, Mark, Place, Trial
 from fastgen.errors import FastgenError
+from fastgen.extras import PACKAGES
 from fastgen.trainings import end_with
 
 LONGEST_REASON = 300
@@ -68,14 +69,13 @@ def answer_of(trial: Trial, place: Place) -> Answer:
 def _not_found(trial: Trial, error: ModuleNotFoundError) -> Answer:
     """A package that is not installed, or one that lacks another."""
     module = error.name or ""
-    package = package_of(module) or package_of(module.partition(".")[0])
-    if package is None:
-        return Answer(
-            Mark.BROKEN, f"needs the module {module}, which is not installed" if module else _line(str(error))
-        )
-    if package == trial.name:
-        return Answer(Mark.MISSING, "not installed", install(package))
-    return Answer(Mark.BROKEN, f"needs {package}, which is not installed", install(package))
+    own = PACKAGES[trial.package].module if trial.package else ""
+    if own and (own == module or own.startswith(f"{module}.")):
+        return Answer(Mark.MISSING, "not installed", install(trial.package))
+    package = package_of(module)
+    if package is not None:
+        return Answer(Mark.BROKEN, f"needs {package}, which is not installed", install(package))
+    return Answer(Mark.BROKEN, f"raises {type(error).__name__}: {reason_of(error)}")
 
 
 def reason_of(error: BaseException) -> str:
