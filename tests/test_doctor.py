@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastgen.data import digits
-from fastgen.doctor import advice, driver, machine, packages
+from fastgen.doctor import advice, driver, machine, packages, torch_trials
 from fastgen.doctor.__main__ import failures_of, main
 from fastgen.doctor.findings import Answer, Finding, Mark, Place
 from fastgen.doctor.report import lines_of
@@ -129,6 +130,8 @@ def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     (folder / "scratch").mkdir()
     env = {**os.environ, **QUICK, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "scratch"), "TRITON_INTERPRET": "1"}
+    # Spares the compilation of small programs that only ask what the processor can.
+    env["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
     words = [sys.executable, "-m", "fastgen.doctor", "--json", f"--runs={folder / 'runs' / 'mine'}"]
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     told = json.loads(done.stdout)
@@ -277,6 +280,38 @@ def test_ffcv_s_headers_come_before_ffcv_where_they_are_missing(monkeypatch):
     assert line.endswith(f" && {install_line('ffcv', advice.installer())}")
     monkeypatch.setattr(advice, "_has_headers", lambda: True)
     assert advice.install("ffcv") == install_line("ffcv", advice.installer())
+
+
+def test_what_a_package_needs_and_lacks_is_in_the_line(here):
+    (here / "sitecustomize.py").write_text(BLOCKER.format(names=("google.protobuf", "cv2", "yaml")))
+    (here / "onnx.py").write_text("import google.protobuf")
+    (here / "submitit.py").write_text("import cv2")
+    (here / "onnxruntime.py").write_text("import yaml")
+    answers = found("onnx", "submitit", "onnxruntime")
+    pip = f"{advice.interpreter()} -m pip install"
+    assert {name: (answer.seen, answer.mend) for name, answer in answers.items()} == {
+        "onnx": ("raises ModuleNotFoundError: No module named 'google.protobuf'", f"{pip} onnx"),
+        "submitit": ("needs opencv-python-headless, which is not installed", f"{pip} opencv-python-headless"),
+        "onnxruntime": ("needs pyyaml, which is not installed", f"{pip} pyyaml"),
+    }
+    assert {answer.mark for answer in answers.values()} == {Mark.BROKEN}
+
+
+def test_lines_are_for_the_environment_that_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(advice.sys, "executable", str(tmp_path / ".venv/bin/python"))
+    assert advice.install("timm") == ".venv/bin/python -m pip install timm"
+    monkeypatch.setattr(advice.sys, "executable", str(tmp_path / "python"))
+    assert advice.install("timm") == f"{tmp_path}/python -m pip install timm"
+    monkeypatch.setattr(advice.sys, "executable", "/opt/my python/bin/python")
+    assert advice.install("timm") == "'/opt/my python/bin/python' -m pip install timm"
+    assert advice.reinstall("torchvision").endswith(" install --upgrade 'torch>=2.11' torchvision")
+    monkeypatch.setattr(advice, "find_spec", lambda name: None)
+    monkeypatch.setattr(advice.shutil, "which", lambda name: "/bin/uv")
+    assert advice.install("timm") == "uv pip install --python '/opt/my python/bin/python' timm"
+    monkeypatch.setattr(advice.shutil, "which", lambda name: None)
+    assert advice.install("timm").startswith("'/opt/my python/bin/python' -m ensurepip && ")
+    assert advice.system("g++") == "install what Debian calls g++"
 
 
 def test_without_torch_and_the_rest_the_command_still_tells_all(here, tmp_path, run_command):
@@ -490,6 +525,30 @@ class TestDriver:
         make_nvml(18)
         answer = found("driver")["driver"]
         assert (answer.mark, answer.seen) == (Mark.BROKEN, "nvmlInit_v2: Driver/library version mismatch")
+
+
+A_DRIVER = driver.Driver("580.65", (13, 0), (driver.Gpu("NVIDIA A", 80 << 30, (9, 0)),))
+
+
+@pytest.mark.parametrize(
+    ("there", "built_for", "visible", "mark", "seen"),
+    [
+        (None, "13.0", None, Mark.NOT_USED, "no GPU: there is no NVIDIA driver"),
+        (replace(A_DRIVER, gpus=()), "13.0", None, Mark.NOT_USED, "no GPU"),
+        (A_DRIVER, None, None, Mark.BROKEN, "torch is built for the CPU alone, and there is NVIDIA A"),
+        (A_DRIVER, "13.0", "", Mark.NOT_USED, "hidden by CUDA_VISIBLE_DEVICES="),
+        (A_DRIVER, "13.1", None, Mark.BROKEN, "torch is built for CUDA 13.1, and driver 580.65 runs CUDA up to 13.0"),
+        (A_DRIVER, "12.8", None, Mark.BROKEN, "torch sees none of the driver's: NVIDIA A"),
+    ],
+)
+def test_why_torch_sees_no_gpu(monkeypatch, there, built_for, visible, mark, seen):
+    monkeypatch.setattr(torch_trials, "read_driver", lambda: there)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    answer = torch_trials._why_no_gpu(built_for)
+    assert (answer.mark, answer.seen) == (mark, seen)
+    assert bool(answer.mend) is (mark is Mark.BROKEN or visible is not None)
 
 
 def test_gpus_without_a_driver_are_found_on_the_bus(tmp_path):

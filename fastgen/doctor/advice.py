@@ -19,6 +19,9 @@ def install(name: str) -> str:
 
 def reinstall(name: str) -> str:
     """The line that installs a package anew, and nothing that it needs."""
+    if name == "torchvision":
+        # Each of its versions fits one of torch's.
+        return f"{installer()} --upgrade {shlex.quote(PACKAGES['torch'].requirement)} torchvision"
     words = shlex.quote(PACKAGES[name].requirement)
     # Of what was compiled here once, pip keeps a copy, which may be what does not fit.
     return _with_headers(name, f"{installer()} --force-reinstall --no-deps --no-cache-dir {words}")

@@ -155,7 +155,9 @@ class _Work:
             gone = process.ended()
             messages = process.read()
             for message in messages:
-                self._hear(process, message)
+                # Its process may be some trials ahead of us.
+                if not self._is_vain(process):
+                    self._hear(process, message)
             late = time.monotonic() - process.since > self._limit
             if self._is_vain(process):
                 self._stop(process)
@@ -164,10 +166,9 @@ class _Work:
 
     def _hear(self, process: _Process, message: Mapping[str, Any]) -> None:
         now = time.monotonic()
-        if "done" in message:
-            about = {key: message[key] for key in ("seen", "mend", "facts")}
-            self._add(process.left.pop(0), Answer(Mark(message["mark"]), **about), now - process.since)
-            process.since = now
+        answer = Answer(Mark(message["mark"]), message["seen"], message["mend"], message["facts"])
+        self._add(process.left.pop(0), answer, now - process.since)
+        process.since = now
 
     def _is_vain(self, process: _Process) -> bool:
         """Whether torch, that it needs, has turned out not to work."""

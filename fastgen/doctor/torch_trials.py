@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# A processor that has one of these computes in the format; others convert to fp32 and back, and are slower for it.
+# A processor that has one of these computes in the format; others convert to fp32 and back.
 NATIVE_FLAGS = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 # From this compute capability on, GPUs multiply matrices in the format by tensor cores.
@@ -116,9 +116,7 @@ def _precision(name: str) -> Answer:
     else:
         flags = sorted(NATIVE_FLAGS[name] & cpu_flags())
         native, how = bool(flags), f"the processor's {', '.join(flags)}"
-    seen = (
-        f"native: {how}" if native else f"works, not native to this {_kind(device)}: no faster than fp32, if not slower"
-    )
+    seen = f"native: {how}" if native else f"works, but this {_kind(device)} computes it by way of fp32"
     return Answer(Mark.OK, seen, facts={"native": native})
 
 

@@ -1,4 +1,4 @@
-"""The process that trials run in: tells by a pipe which one begins, and what came of it."""
+"""The process that trials run in: tells by a pipe what came of each, in their order."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from fastgen.doctor.advice import install, package_of
 from fastgen.doctor.findings import Answer, Mark, Place, Trial
@@ -47,9 +46,8 @@ def main() -> None:
     place = Place(Path(scratch), Path(runs))
     with open(int(pipe), "w") as answers:
         for name in names:
-            _tell(answers.write, answers.flush, {"begin": name})
-            answer = answer_of(chosen[name], place)
-            _tell(answers.write, answers.flush, {"done": name, **asdict(answer)})
+            answers.write(json.dumps(asdict(answer_of(chosen[name], place))) + "\n")
+            answers.flush()
     # What happens as a library leaves is no longer asked for, and threads of some never end.
     os._exit(0)
 
@@ -75,7 +73,9 @@ def _not_found(trial: Trial, error: ModuleNotFoundError) -> Answer:
     package = package_of(module)
     if package is not None:
         return Answer(Mark.BROKEN, f"needs {package}, which is not installed", install(package))
-    return Answer(Mark.BROKEN, f"raises {type(error).__name__}: {reason_of(error)}")
+    # What it needs and fastgen does not know comes with it, also where the package itself is there.
+    mend = install(trial.package) if trial.package else ""
+    return Answer(Mark.BROKEN, f"raises {type(error).__name__}: {reason_of(error)}", mend)
 
 
 def reason_of(error: BaseException) -> str:
@@ -86,8 +86,3 @@ def reason_of(error: BaseException) -> str:
 def _line(text: str) -> str:
     whole = " ".join(text.split())
     return whole if len(whole) <= LONGEST_REASON else f"{whole[:LONGEST_REASON]} ..."
-
-
-def _tell(write: Callable[[str], object], flush: Callable[[], None], message: Mapping[str, Any]) -> None:
-    write(json.dumps(message) + "\n")
-    flush()
