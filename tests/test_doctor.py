@@ -481,7 +481,8 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned number, void **handle)
 { *handle = (void *)(0x100000000 + number); return 0; }
 int nvmlDeviceGetName(void *handle, char *text, unsigned size)
 { strncpy(text, (unsigned long)handle & 1 ? "NVIDIA B" : "NVIDIA A", size); return 0; }
-int nvmlDeviceGetMemoryInfo(void *handle, struct memory *memory) { memory->total = 80ULL << 30; return 0; }
+int nvmlDeviceGetMemoryInfo(void *handle, struct memory *memory)
+{ memory->total = 80ULL << 30; return (unsigned long)handle & 1 ? 3 : 0; }
 int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor) { *major = 9; *minor = 0; return 0; }
 """
 
@@ -512,7 +513,7 @@ class TestDriver:
         make_nvml(0)
         answers = found("driver", "torch", "gpu", limit=120)
         assert answers["driver"].mark is Mark.OK
-        assert answers["driver"].seen == "550.54.15, for CUDA up to 12.4: NVIDIA A (80 GiB), NVIDIA B (80 GiB)"
+        assert answers["driver"].seen == "550.54.15, for CUDA up to 12.4: NVIDIA A (80 GiB), NVIDIA B"
         assert answers["gpu"].mark is Mark.BROKEN
         if torch.version.cuda is None:
             assert "torch is built for the CPU alone" in answers["gpu"].seen
@@ -520,6 +521,12 @@ class TestDriver:
             built = torch.version.cuda
             assert answers["gpu"].seen == f"torch is built for CUDA {built}, and driver 550.54.15 runs CUDA up to 12.4"
             assert answers["gpu"].mend == "update the driver, or install a torch that is built for CUDA 12.4"
+
+    def test_a_library_without_a_driver_is_no_driver(self, here, make_nvml):
+        make_nvml(9)
+        answer = found("driver")["driver"]
+        assert answer.mark in (Mark.NOT_USED, Mark.MISSING)
+        assert answer.seen.startswith("no NVIDIA driver, and ")
 
     def test_a_driver_that_fails_is_told_with_its_reason(self, here, make_nvml):
         make_nvml(18)

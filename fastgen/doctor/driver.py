@@ -19,8 +19,16 @@ NVIDIA_VENDOR = "0x10de"
 DISPLAY_CLASSES = ("0x0300", "0x0302")
 
 
+# nvmlReturn_t
+NOT_SUPPORTED, DRIVER_NOT_LOADED = 3, 9
+
+
 class NvmlError(Exception):
     """NVML refuses; the text says why."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class _Memory(ctypes.Structure):
@@ -34,11 +42,12 @@ class Gpu:
     """A GPU as the driver tells it.
 
     Attributes:
+        memory_bytes: None: it has none of its own.
         capability: major and minor number.
     """
 
     name: str
-    memory_bytes: int
+    memory_bytes: int | None
     capability: tuple[int, int]
 
 
@@ -56,16 +65,21 @@ class Driver:
 
 
 def read_driver() -> Driver | None:
-    """Asks the driver; None: there is no library of one.
+    """Asks the driver; None: there is none, or no library of it.
 
     Raises:
-        NvmlError: there is a library, and it does not work.
+        NvmlError: there is one, and it does not work.
     """
     try:
         nvml = ctypes.CDLL(LIBRARY)
     except OSError:
         return None
-    _ask(nvml, "nvmlInit_v2")
+    try:
+        _ask(nvml, "nvmlInit_v2")
+    except NvmlError as error:
+        if error.code == DRIVER_NOT_LOADED:
+            return None
+        raise
     try:
         version = _text(nvml, "nvmlSystemGetDriverVersion")
         cuda, count = ctypes.c_int(), ctypes.c_uint()
@@ -78,12 +92,22 @@ def read_driver() -> Driver | None:
 
 
 def _gpu(nvml: ctypes.CDLL, number: int) -> Gpu:
-    handle, memory = ctypes.c_void_p(), _Memory()
+    handle = ctypes.c_void_p()
     major, minor = ctypes.c_int(), ctypes.c_int()
     _ask(nvml, "nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(number), ctypes.byref(handle))
-    _ask(nvml, "nvmlDeviceGetMemoryInfo", handle, ctypes.byref(memory))
     _ask(nvml, "nvmlDeviceGetCudaComputeCapability", handle, ctypes.byref(major), ctypes.byref(minor))
-    return Gpu(_text(nvml, "nvmlDeviceGetName", handle), memory.total, (major.value, minor.value))
+    return Gpu(_text(nvml, "nvmlDeviceGetName", handle), _memory(nvml, handle), (major.value, minor.value))
+
+
+def _memory(nvml: ctypes.CDLL, handle: ctypes.c_void_p) -> int | None:
+    memory = _Memory()
+    try:
+        _ask(nvml, "nvmlDeviceGetMemoryInfo", handle, ctypes.byref(memory))
+    except NvmlError as error:
+        if error.code == NOT_SUPPORTED:
+            return None
+        raise
+    return memory.total
 
 
 def _text(nvml: ctypes.CDLL, function: str, *before: object) -> str:
@@ -96,7 +120,7 @@ def _ask(nvml: ctypes.CDLL, function: str, *arguments: object) -> None:
     code = getattr(nvml, function)(*arguments)
     if code:
         nvml.nvmlErrorString.restype = ctypes.c_char_p
-        raise NvmlError(f"{function}: {(nvml.nvmlErrorString(code) or b'no reason').decode()}")
+        raise NvmlError(f"{function}: {(nvml.nvmlErrorString(code) or b'no reason').decode()}", code)
 
 
 def driver(place: Place) -> Answer:
@@ -107,10 +131,14 @@ def driver(place: Place) -> Answer:
         return Answer(Mark.BROKEN, str(error), "install the driver anew, or restart after its update")
     if found is None:
         return _without_library()
-    gpus = ", ".join(f"{gpu.name} ({gpu.memory_bytes / (1 << 30):.0f} GiB)" for gpu in found.gpus)
+    gpus = ", ".join(map(_shown, found.gpus))
     seen = f"{found.version}, for CUDA up to {found.cuda[0]}.{found.cuda[1]}: {gpus or 'no GPU'}"
     facts = {"version": found.version, "cuda": list(found.cuda), "gpus": [gpu.name for gpu in found.gpus]}
     return Answer(Mark.OK if found.gpus else Mark.NOT_USED, seen, facts=facts)
+
+
+def _shown(gpu: Gpu) -> str:
+    return gpu.name if gpu.memory_bytes is None else f"{gpu.name} ({gpu.memory_bytes / (1 << 30):.0f} GiB)"
 
 
 def _without_library() -> Answer:

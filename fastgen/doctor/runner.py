@@ -6,7 +6,6 @@ within the limit, is told from outside, and the rest of its session goes on in a
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import selectors
@@ -58,12 +57,12 @@ class _Process:
         return [json.loads(line) for line in lines]
 
     def ended(self) -> bool:
-        """Whether it is gone."""
-        return self._process.poll() is not None
+        """Whether it is gone. It is not reaped, so that its number, and its group's, stay its own."""
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def how_it_ended(self) -> str:
-        """For people, with the last line that it printed."""
-        code = self._process.wait()
+        """Of one that is gone, for people, with the last line that it printed."""
+        code = self._kill()
         how = f"dies by {_signal_name(-code)}" if code < 0 else f"ends its process with exit code {code}"
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
@@ -71,11 +70,15 @@ class _Process:
 
     def end(self) -> None:
         """Ends it, and all that it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._kill()
         os.close(self.pipe)
         self._errors.close()
+
+    def _kill(self) -> int:
+        """Ends it where it still runs, and what it has left behind; gives its exit code."""
+        if self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        return self._process.wait()
 
 
 def run_trials(trials: Sequence[Trial], runs: Path, limit_seconds: float, told: Told) -> list[Finding]:

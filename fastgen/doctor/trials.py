@@ -61,6 +61,6 @@ TRIALS: tuple[Trial, ...] = (
     _extra("onnx"),
     _extra("onnxruntime"),
     _extra("onnxscript"),
-    Trial("apex", EXTRAS, "benchmarks: FusedSGD of NVIDIA's beside torch's", apex, "apex"),
+    Trial("apex", EXTRAS, "benchmarks: FusedSGD of NVIDIA's beside torch's", apex, "apex", needs_torch=False),
     *(_tool(name) for name, about in PACKAGES.items() if not about.module),
 )
