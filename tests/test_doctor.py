@@ -224,6 +224,18 @@ def test_a_package_that_raises_dies_or_hangs_is_one_line_and_the_others_go_on(he
     assert not alive(int((tmp_path / "pid").read_text()))
 
 
+def test_what_is_tried_after_torch_has_failed_is_not_told(here):
+    """Although its process may be done with it before anyone looks."""
+    (here / "torch.py").write_text("raise ImportError('libtorch.so: cannot open shared object file')")
+    told = run_trials(
+        trials("torch", "torchvision", "gpu", "bf16"), Path("runs"), 60, lambda done, now: time.sleep(1.5)
+    )
+    torch, *others = (one.answer for one in told)
+    assert torch.seen == "raises ImportError: libtorch.so: cannot open shared object file"
+    assert torch.mend.endswith(" install --force-reinstall --no-deps --no-cache-dir 'torch>=2.11'")
+    assert {(answer.mark, answer.seen) for answer in others} == {(Mark.NOT_TRIED, "needs torch, which is broken")}
+
+
 def test_an_old_version_is_told(here):
     (here / "fastargs.py").write_text("")
     about = here / "fastargs-1.1.4.dist-info"
@@ -316,7 +328,7 @@ def test_lines_are_for_the_environment_that_runs(tmp_path, monkeypatch):
 
 def test_without_torch_and_the_rest_the_command_still_tells_all(here, tmp_path, run_command):
     """Nothing but the standard library is needed to say what is missing."""
-    blocked = ("torch", "rich", "yaml", "numpy", "PIL", "matplotlib", "fastargs", "sklearn", "nvidia.dali")
+    blocked = ("torch", "rich", "yaml", "numpy", "PIL", "matplotlib", "fastargs", "sklearn", "nvidia")
     (here / "sitecustomize.py").write_text(BLOCKER.format(names=blocked))
     ended = run_command(["--require=cores,native,rich"], module="fastgen.doctor")
     assert ended.code == 1
@@ -330,7 +342,7 @@ def test_without_torch_and_the_rest_the_command_still_tells_all(here, tmp_path, 
     assert lines[torch + 1].strip() == f"-> {sys.executable} -m pip install 'torch>=2.11'"
     for name in ("training", "gpu", "ffcv", "compile", "timm"):
         assert any(re.match(rf"  not tried +{name} +needs torch, which is missing", line) for line in lines), name
-    for name in ("rich", "pyyaml", "numpy", "pillow", "matplotlib", "fastargs", "scikit-learn"):
+    for name in ("rich", "pyyaml", "numpy", "pillow", "matplotlib", "fastargs", "scikit-learn", "dali"):
         assert any(re.match(rf"  missing +{name} +not installed", line) for line in lines), name
     assert any(re.match(r"  ok +cores ", line) for line in lines)
     assert "Training is possible" not in ended.out

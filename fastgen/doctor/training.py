@@ -51,9 +51,9 @@ def dali_package() -> str:
 
 def dali(place: Place) -> Answer:
     """NVIDIA DALI: decodes a JPEG on the CPU."""
+    found = importlib.import_module("nvidia.dali")
     import numpy as np
 
-    found = importlib.import_module("nvidia.dali")
     pipeline = found.Pipeline(1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         content = found.fn.external_source(name="content", ndim=1)

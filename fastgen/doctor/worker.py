@@ -38,8 +38,6 @@ def main() -> None:
     # Nothing that libraries start may keep the pipe open.
     os.set_inheritable(int(pipe), False)
     end_with(int(parent), signal.SIGKILL)
-    # What libraries print is no answer.
-    os.dup2(2, 1)
     from fastgen.doctor.trials import TRIALS
 
     chosen = {trial.name: trial for trial in TRIALS}
