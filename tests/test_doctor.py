@@ -21,7 +21,7 @@ import pytest
 
 from fastgen.data import digits
 from fastgen.doctor import advice, driver, machine, packages, torch_trials
-from fastgen.doctor.__main__ import failures_of, main
+from fastgen.doctor.__main__ import failures_of, main, progress_line
 from fastgen.doctor.findings import Answer, Finding, Mark, Place
 from fastgen.doctor.report import lines_of
 from fastgen.doctor.runner import run_trials
@@ -618,6 +618,17 @@ def test_what_makes_the_exit_code():
     ]  # fmt: skip
     bad = [*good[:2], finding("training", Mark.BROKEN, "raises")]
     assert failures_of([*bad, *others], ["training"]) == ["nothing can be trained: training is broken (raises)"]
+
+
+def test_progress_is_by_processes():
+    sessions = {trial.session for trial in TRIALS}
+    assert progress_line([], ["torch"], 1.0) == f"tried 0 of {len(TRIALS)}, 0.0 a second; now torch"
+    first = [trial.name for trial in TRIALS if trial.session == "machine"]
+    left = 3 * (len(sessions) - 1)
+    line = f"tried {len(first)} of {len(TRIALS)}, {len(first) / 3:.1f} a second, about {left} s left; now torch, dali"
+    assert progress_line(first, ["torch", "dali"], 3.0) == line
+    # One trial of a process that is still at work is not yet counted.
+    assert f"about {left} s left" in progress_line([*first, "torch"], ["gpu"], 3.0)
 
 
 def test_lines_are_aligned_and_what_is_to_be_copied_is_whole():

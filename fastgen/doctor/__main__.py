@@ -44,7 +44,7 @@ def main(words: Sequence[str]) -> None:
     """
     options = _parser().parse_args(words)
     signal.signal(signal.SIGTERM, _ended)
-    findings = run_trials(TRIALS, options.runs, options.limit_seconds, _Progress(len(TRIALS)).told)
+    findings = run_trials(TRIALS, options.runs, options.limit_seconds, Progress().told)
     failures = failures_of(findings, options.require)
     if options.json:
         print(json.dumps(as_json(findings, failures), indent=1, allow_nan=False))
@@ -86,26 +86,38 @@ def _print(findings: Sequence[Finding]) -> None:
         print(f"Training is possible: {trained.answer.seen}.")
 
 
-class _Progress:
+class Progress:
     """Tells on standard error how far it is: in a terminal one live line, elsewhere one now and then."""
 
-    def __init__(self, total: int) -> None:
-        self._total, self._live = total, sys.stderr.isatty()
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
         self._started = self._printed = time.monotonic()
 
     def told(self, findings: Sequence[Finding], running: Sequence[str]) -> None:
         """See `runner.run_trials`."""
         now = time.monotonic()
-        if len(findings) == self._total:
+        if len(findings) == len(TRIALS):
             print("\r\033[K" if self._live else "", end="", file=sys.stderr, flush=True)
-            return
-        if not self._live and now - self._printed < PLAIN_SECONDS:
-            return
-        self._printed = now
-        rate = len(findings) / max(now - self._started, 1e-9)
-        left = f", about {(self._total - len(findings)) / rate:.0f} s left" if findings else ""
-        text = f"tried {len(findings)} of {self._total}, {rate:.1f} a second{left}; now {', '.join(running)}"
-        print(f"\r\033[K{text}" if self._live else text, end="" if self._live else "\n", file=sys.stderr, flush=True)
+        elif self._live or now - self._printed >= PLAIN_SECONDS:
+            self._printed = now
+            text = progress_line([finding.name for finding in findings], running, now - self._started)
+            end = "" if self._live else "\n"
+            print(f"\r\033[K{text}" if self._live else text, end=end, file=sys.stderr, flush=True)
+
+
+def progress_line(found: Sequence[str], running: Sequence[str], seconds: float) -> str:
+    """How far it is, by processes: trials that share one are over at once, or wait for one that is long.
+
+    Args:
+        found: names of the trials that are over.
+        running: names of those that are under way.
+        seconds: since the start.
+    """
+    sessions = {trial.session for trial in TRIALS}
+    done = len(sessions - {trial.session for trial in TRIALS if trial.name not in found})
+    rate = len(found) / max(seconds, 1e-9)
+    left = f", about {seconds / done * (len(sessions) - done):.0f} s left" if done else ""
+    return f"tried {len(found)} of {len(TRIALS)}, {rate:.1f} a second{left}; now {', '.join(running)}"
 
 
 def _ended(number: int, frame: object) -> NoReturn:
