@@ -532,7 +532,7 @@ class TestDriver:
         else:
             built = torch.version.cuda
             assert answers["gpu"].seen == f"torch is built for CUDA {built}, and driver 550.54.15 runs CUDA up to 12.4"
-            assert answers["gpu"].mend == "update the driver, or install a torch that is built for CUDA 12.4"
+            assert answers["gpu"].mend == "update the driver, or install a torch that is built for CUDA 12"
 
     def test_a_library_without_a_driver_is_no_driver(self, here, make_nvml):
         make_nvml(9)
@@ -556,8 +556,8 @@ A_DRIVER = driver.Driver("580.65", (13, 0), (driver.Gpu("NVIDIA A", 80 << 30, (9
         (replace(A_DRIVER, gpus=()), "13.0", None, Mark.NOT_USED, "no GPU"),
         (A_DRIVER, None, None, Mark.BROKEN, "torch is built for the CPU alone, and there is NVIDIA A"),
         (A_DRIVER, "13.0", "", Mark.NOT_USED, "hidden by CUDA_VISIBLE_DEVICES="),
-        (A_DRIVER, "13.1", None, Mark.BROKEN, "torch is built for CUDA 13.1, and driver 580.65 runs CUDA up to 13.0"),
-        (A_DRIVER, "12.8", None, Mark.BROKEN, "torch sees none of the driver's: NVIDIA A"),
+        (A_DRIVER, "14.1", None, Mark.BROKEN, "torch is built for CUDA 14.1, and driver 580.65 runs CUDA up to 13.0"),
+        (A_DRIVER, "13.1", None, Mark.BROKEN, "torch sees none of the driver's: NVIDIA A"),
     ],
 )
 def test_why_torch_sees_no_gpu(monkeypatch, there, built_for, visible, mark, seen):

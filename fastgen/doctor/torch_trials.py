@@ -69,16 +69,18 @@ def _why_no_gpu(built_for: str | None) -> Answer:
         return Answer(Mark.NOT_USED, "no GPU: there is no NVIDIA driver" if driver is None else NO_GPU)
     if built_for is None:
         text = f"torch is built for the CPU alone, and there is {driver.gpus[0].name}"
-        return Answer(Mark.BROKEN, text, f"{advice.installer()} --force-reinstall torch torchvision, built for CUDA")
+        # The package index holds the build for CUDA; that for the CPU alone came from elsewhere.
+        return Answer(Mark.BROKEN, text, f"{advice.install('torch')} --force-reinstall torchvision")
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         text = f"hidden by CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}"
         return Answer(Mark.NOT_USED, text, "unset CUDA_VISIBLE_DEVICES")
-    if driver.cuda < tuple(int(part) for part in built_for.split(".")[:2]):
+    # A driver runs what is built for a later minor version.
+    if driver.cuda[0] < int(built_for.partition(".")[0]):
         text = (
             f"torch is built for CUDA {built_for}, and driver {driver.version} runs CUDA up to {_dotted(driver.cuda)}"
         )
         return Answer(
-            Mark.BROKEN, text, f"update the driver, or install a torch that is built for CUDA {_dotted(driver.cuda)}"
+            Mark.BROKEN, text, f"update the driver, or install a torch that is built for CUDA {driver.cuda[0]}"
         )
     return Answer(
         Mark.BROKEN, f"torch sees none of the driver's: {driver.gpus[0].name}", "run nvidia-smi, and see its errors"
