@@ -90,7 +90,7 @@ class _Shown(Checker):
         return value
 
     def help(self) -> str:
-        return _type_text(self.hint)
+        return type_text(self.hint)
 
 
 def read_recipe(words: Sequence[str], *, command: str = "python -m fastgen.train") -> Recipe:
@@ -144,7 +144,7 @@ def help_text(command: str) -> str:
         lines.append(declared.sections[section].desc)
         for path in paths:
             param = declared.entries[path]
-            default = "required" if param.required else f"default {_value_text(param.default)}"
+            default = "required" if param.required else f"default {value_text(param.default)}"
             lines.append(f"  --{'.'.join(path)}={param.checker.help()}  ({default})")
             lines.append(f"        {param.desc}")
         lines.append("")
@@ -251,12 +251,12 @@ def _parse_yaml(text: str) -> Any:
 
 def _flatten(tree: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(tree, dict) or not tree:
-        raise UserError(f"a recipe is a mapping of the sections {', '.join(SECTIONS)}, not {_value_text(tree)}")
+        raise UserError(f"a recipe is a mapping of the sections {', '.join(SECTIONS)}, not {value_text(tree)}")
     for section, content in tree.items():
         if section not in SECTIONS:
             raise UserError(f"unknown section '{section}'{_nearest(str(section), list(SECTIONS))}")
         if not isinstance(content, dict):
-            raise UserError(f"section '{section}' must hold 'key: value' lines, not {_value_text(content)}")
+            raise UserError(f"section '{section}' must hold 'key: value' lines, not {value_text(content)}")
         for key, value in content.items():
             path = f"{section}.{key}"
             yield path, _coerce(value, _hint_of(path), path)
@@ -312,7 +312,7 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         matched, result = _match(value, option)
         if matched:
             return result
-    raise UserError(f"{path}: expected {_type_text(hint)}, found {_value_text(value)}")
+    raise UserError(f"{path}: expected {type_text(hint)}, found {value_text(value)}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -334,18 +334,20 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
     return type(value) is hint, value
 
 
-def _type_text(hint: Any) -> str:
+def type_text(hint: Any) -> str:
+    """What a setting's type hint asks for, in words."""
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return "a list of numbers"
     if isinstance(hint, types.UnionType):
-        return " or ".join(_type_text(option) for option in typing.get_args(hint))
+        return " or ".join(type_text(option) for option in typing.get_args(hint))
     return names[hint]
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A setting's value as a recipe has it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None:

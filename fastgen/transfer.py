@@ -26,16 +26,14 @@ import torch
 from fastgen.arguments import Arguments, at_least_one, split_words
 from fastgen.augment import Normaliser
 from fastgen.checkpoint import read_weights
-from fastgen.config import Recipe
-from fastgen.data import open_dataset
-from fastgen.data.facts import DATASETS, Facts
+from fastgen.data.facts import Facts
 from fastgen.device import choose_device
 from fastgen.errors import UserError, command
 from fastgen.evaluate import load_network
 from fastgen.features import Float32, Network, Tap, extract, last_linear, passes_of
 from fastgen.probe import CS, classify, fits_of, require_enough, require_sklearn
 from fastgen.progress import Display, PatientConsole
-from fastgen.recipe import read_recipe
+from fastgen.source import OwnFacts, Source, facts_of, open_source
 from fastgen.transfer_data import ImageSet, evaluation_view, open_images
 from fastgen.transfer_report import Measured, print_rows, rows_of, write_all
 
@@ -48,37 +46,8 @@ UNCERTAINTY = (
     "pictures alone; other seeds of the networks may differ by more."
 )
 NAMES = ("--to", "--to_root", "--baseline", "--cfg", "--limit", "--batch", "--folds", "--seed", "--out")
-USAGE = "python -m fastgen.transfer RUN_FOLDER --to FOLDER [--baseline RUN_FOLDER] [--section.key=value ...]"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Networks whose features are asked for.
-
-    Attributes:
-        place: as the person named it.
-        recipe: of the networks.
-        weights: file of each generation.
-    """
-
-    place: str
-    recipe: Recipe
-    weights: dict[int, Path]
-
-    @property
-    def name(self) -> str:
-        """For headings."""
-        path = Path(os.path.abspath(self.place))
-        return path.stem if path.is_file() else path.name
-
-    def as_dict(self) -> dict[str, Any]:
-        """What the record tells of it."""
-        recipe = self.recipe
-        view = evaluation_view(recipe)
-        return {
-            "place": self.place, "model": recipe.model.name, "dataset": recipe.data.dataset, "view": view.text,
-            "side_px": view.side_px,
-        }  # fmt: skip
+COMMAND = "python -m fastgen.transfer"
+USAGE = f"{COMMAND} RUN_FOLDER --to FOLDER [--baseline RUN_FOLDER] [--section.key=value ...]"
 
 
 @dataclass(frozen=True)
@@ -95,8 +64,8 @@ def main(words: Sequence[str]) -> None:
     """The command."""
     asked, overrides = _read(words)
     require_sklearn()
-    run = open_source(asked.run, asked.cfg, overrides)
-    baseline = None if asked.baseline is None else open_source(asked.baseline, asked.cfg, overrides)
+    run = open_source(asked.run, asked.cfg, overrides, COMMAND)
+    baseline = None if asked.baseline is None else open_source(asked.baseline, asked.cfg, overrides, COMMAND)
     if baseline is not None and len(run.weights) == len(baseline.weights) == 1:
         # Two single networks are meant to be compared, whatever their numbers.
         baseline = replace(baseline, weights=dict(zip(run.weights, baseline.weights.values(), strict=True)))
@@ -125,33 +94,6 @@ def main(words: Sequence[str]) -> None:
     print("  ".join(str(path) for path in paths))
 
 
-def open_source(place: str, cfg: str | None, overrides: Sequence[str]) -> Source:
-    """A run folder's generations, or a single weights file.
-
-    Args:
-        place: the folder or file.
-        cfg: recipe of a weights file.
-        overrides: `--section.key=value`, of the recipe.
-
-    Raises:
-        UserError: it is neither, or a weights file without a recipe.
-    """
-    path = Path(place)
-    if path.is_file():
-        if cfg is None:
-            raise UserError(f"{path}: a weights file does not tell its recipe: name it with --cfg RECIPE.yaml")
-        _, description = read_weights(path)
-        weights, recipe_file = {int(description.get("generation", 0)): path}, Path(cfg)
-    else:
-        found = path.glob("generation_*/model.safetensors")
-        weights = {int(file.parent.name.removeprefix("generation_")): file for file in found}
-        recipe_file = path / "recipe.yaml"
-    if not weights:
-        raise UserError(f"{path}: is neither a weights file nor a run folder with a trained generation")
-    recipe = read_recipe([f"--cfg={recipe_file}", *overrides], command="python -m fastgen.transfer")
-    return Source(place, recipe, dict(sorted(weights.items())))
-
-
 def load_networks(source: Source, device: torch.device) -> Iterator[Trained]:
     """A source's networks, in order.
 
@@ -161,26 +103,13 @@ def load_networks(source: Source, device: torch.device) -> Iterator[Trained]:
     recipe, view = source.recipe, evaluation_view(source.recipe)
     for generation, path in source.weights.items():
         _, description = read_weights(path)
-        kind = _Kind(_facts(recipe, description.get("classes")))
-        model = load_network(recipe, kind, path, device)
+        facts = facts_of(recipe, description.get("classes"))
+        model = load_network(recipe, OwnFacts(facts), path, device)
         name = f"{source.name} generation {generation}"
         tap = Tap(model, last_linear(model, view, device, name))
-        normalise = Normaliser(kind.facts.mean, kind.facts.std, device, torch.float32)
+        normalise = Normaliser(facts.mean, facts.std, device, torch.float32)
         node = description.get("node")
-        yield Trained(generation, node, kind.facts, Network(name, tap, normalise, view, device))
-
-
-@dataclass(frozen=True)
-class _Kind:
-    facts: Facts
-
-
-def _facts(recipe: Recipe, classes: int | None) -> Facts:
-    """Of the networks' own data set; it is opened only where its classes are told nowhere else."""
-    facts = DATASETS[recipe.data.dataset]
-    if facts.classes:
-        return facts
-    return replace(facts, classes=classes) if classes else open_dataset(recipe).facts
+        yield Trained(generation, node, facts, Network(name, tap, normalise, view, device))
 
 
 def _measure(

@@ -6,11 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import yaml
 
@@ -28,7 +26,6 @@ TINY_RECIPE = {
     "gen": {"generations": 1},
     "run": {"device": "cpu", "eval_every_epochs": 0},
 }
-FAKE_TRAIN_IMAGES, FAKE_TEST_IMAGES = 600, 200
 
 
 class Ended(NamedTuple):
@@ -101,34 +98,21 @@ def run_command(tmp_path):
 @pytest.fixture
 def small_layouts(monkeypatch):
     """Lets `fastgen.data.cifar` expect small files; the true counts would be 185 MB a test. For this process alone."""
+    # Not at the top: it imports torch.
+    from small_cifar import small_layouts as layouts
+
     from fastgen.data import cifar
 
-    for name, layout in cifar.LAYOUTS.items():
-        shrunk = {
-            key: tuple((file, images // len(getattr(layout, key))) for file, _ in getattr(layout, key))
-            for key, images in (
-                ("binary_train", FAKE_TRAIN_IMAGES),
-                ("binary_test", FAKE_TEST_IMAGES),
-                ("python_train", FAKE_TRAIN_IMAGES),
-                ("python_test", FAKE_TEST_IMAGES),
-            )
-        }
-        monkeypatch.setitem(cifar.LAYOUTS, name, replace(layout, **shrunk))
+    for name, layout in layouts().items():
+        monkeypatch.setitem(cifar.LAYOUTS, name, layout)
 
 
 @pytest.fixture
 def fake_cifar100(tmp_path, small_layouts):
     """Folder with random pixels in the binary layout: 6 training and 2 test images of each of 100 classes."""
-    folder = tmp_path / "fake" / "cifar-100-binary"
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for name, images in (("train.bin", FAKE_TRAIN_IMAGES), ("test.bin", FAKE_TEST_IMAGES)):
-        records = random.integers(0, 256, (images, 2 + 3072), dtype=np.uint8)
-        fine = random.permutation(np.arange(images) % 100)
-        records[:, 0], records[:, 1] = fine // 5, fine
-        (folder / name).write_bytes(records.tobytes())
-    (folder / "fine_label_names.txt").write_text("".join(f"class_{number}\n" for number in range(100)))
-    return folder.parent
+    from small_cifar import write_small_cifar100
+
+    return write_small_cifar100(tmp_path / "fake")
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-# Imported once, for all processes that tests fork.
-PRELOAD = ["pytest", "fastgen.train", "torch.distributed", "torch.utils.tensorboard", "sklearn.datasets"]
+# Imported once, for all processes that tests fork. torch imports _inductor when it is told to be deterministic.
+PRELOAD = [
+    "pytest", "fastgen.train", "torch.distributed", "torch.utils.tensorboard", "torch._inductor", "sklearn.datasets",
+]  # fmt: skip
 
 
 def start_server() -> None:

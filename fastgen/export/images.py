@@ -1,0 +1,85 @@
+"""The images on which exported files are checked: the run's own, as it evaluates them, or random ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgen.config import Recipe
+from fastgen.data import build_loader, open_dataset
+from fastgen.data.split import Dataset
+from fastgen.errors import UserError
+from fastgen.export.subject import Subject
+from fastgen.measuring import EVALUATION_BATCH
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images for a check.
+
+    Attributes:
+        pixels_NCHW: uint8, on the CPU.
+        what: they are, for people.
+        class_names: of the data set; None: it could not be read.
+        why_random: why they are not the run's own; None: they are.
+    """
+
+    pixels_NCHW: Tensor
+    what: str
+    class_names: tuple[str, ...] | None
+    why_random: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels_NCHW)
+
+
+def images_of(subject: Subject, count: int) -> Images:
+    """Images of the run's evaluation set, spread evenly over it; random ones where it cannot be read, with the reason.
+
+    Args:
+        count: how many; all where there are fewer.
+    """
+    recipe = _plain(subject.recipe)
+    if recipe.data.backend == "synthetic":
+        return _random(subject, count, "the run's data are synthetic")
+    try:
+        dataset = open_dataset(recipe)
+        if dataset.facts.classes != subject.facts.classes:
+            found, own = dataset.facts.classes, subject.facts.classes
+            raise UserError(f"{recipe.data.root}: holds {found} classes, and the network is for {own}")
+        return _own(recipe, dataset, count)
+    except UserError as error:
+        return _random(subject, count, str(error))
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The recipe with what reads its images here: the CPU, without kernels; and nothing is downloaded for a check."""
+    # DALI needs a GPU, and reads the same files by the same manifest.
+    backend = "folder" if recipe.data.backend == "dali" else recipe.data.backend
+    data = replace(recipe.data, backend=backend, download=False)
+    return replace(recipe, data=data, train=replace(recipe.train, kernels="torch"))
+
+
+def _own(recipe: Recipe, dataset: Dataset, count: int) -> Images:
+    whole = dataset.evaluation
+    count = min(count, len(whole))
+    # Of photographs whole classes lie one after the other.
+    split = whole.at(np.arange(count, dtype=np.int64) * len(whole) // count)
+    views = dataset.evaluation_views(split)
+    batches = list(build_loader(recipe, dataset, split, CPU).batches(views, EVALUATION_BATCH))
+    order = torch.cat([batch.ids for batch in batches])
+    if order.tolist() != split.ids.tolist():
+        raise ValueError("the loader gave other images than were asked for")
+    pixels_NCHW = torch.cat([batch.images_NCHW for batch in batches]).contiguous()
+    return Images(pixels_NCHW, f"{dataset.evaluated_on} images of the run's own data", dataset.class_names)
+
+
+def _random(subject: Subject, count: int, why: str) -> Images:
+    shape = (count, subject.facts.channels, subject.view.side_px, subject.view.side_px)
+    pixels_NCHW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Images(pixels_NCHW, "random images", None, why)
