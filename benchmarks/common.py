@@ -21,8 +21,9 @@ import torch
 
 from fastgen.config import RunSettings
 from fastgen.device import choose_device
-from fastgen.environment import commit, cpu_name, device_name
+from fastgen.environment import commit, device_name
 from fastgen.errors import FastgenError, UserError
+from fastgen.processor import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

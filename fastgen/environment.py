@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastgen import __version__
+from fastgen.processor import cpu_name
 
 PACKAGES = (
     "torch",
@@ -50,15 +51,6 @@ def describe_environment(device: torch.device, processes: int = 1) -> dict[str, 
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
     }
-
-
-def cpu_name() -> str:
-    """Name of the processor as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def device_name(device: torch.device) -> str:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from fastgen.data.split import Int64
 from fastgen.errors import UserError
+from fastgen.extras import install_line
 
 CS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2)
 # Few fits need the second number; what has not converged after that is told.
@@ -86,7 +87,7 @@ def require_sklearn() -> None:
     try:
         import sklearn.linear_model  # noqa: F401 (asked for, not used)
     except ImportError:
-        raise UserError("fastgen.transfer needs scikit-learn: pip install 'fastgen[transfer]'") from None
+        raise UserError(f"fastgen.transfer needs scikit-learn: {install_line('scikit-learn')}") from None
 
 
 def require_enough(labels: Int64, class_names: tuple[str, ...], folds: int) -> None:

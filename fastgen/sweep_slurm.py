@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.errors import MachineError, UserError
+from fastgen.extras import install_line
 from fastgen.grid import Training
 from fastgen.nodes import find_node
 from fastgen.stop import SIGNALS
@@ -170,5 +171,5 @@ def _submitit() -> Any:
     try:
         import submitit
     except ImportError:
-        raise UserError("--slurm needs submitit: pip install 'fastgen[slurm]'") from None
+        raise UserError(f"--slurm_minutes needs submitit: {install_line('submitit')}") from None
     return submitit

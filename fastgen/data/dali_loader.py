@@ -24,6 +24,7 @@ from fastgen.data.folder import require_bytes, require_pictures, require_unchang
 from fastgen.data.manifest import Manifest
 from fastgen.data.split import AnySplit, FileSplit, Split
 from fastgen.errors import MachineError, UserError
+from fastgen.extras import install_line
 from fastgen.views import WHOLE, EpochViews, Share, batch_positions
 
 Int32 = npt.NDArray[np.int32]
@@ -414,6 +415,6 @@ def _dali() -> Any:
         import nvidia.dali
     except ImportError as error:
         raise UserError(
-            f"data.backend = dali: NVIDIA DALI cannot be imported ({error}): pip install 'fastgen[dali]'"
+            f"data.backend = dali: NVIDIA DALI cannot be imported ({error}): {install_line('nvidia-dali-cuda120')}"
         ) from None
     return nvidia.dali

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastgen.data.split import Split
 from fastgen.errors import UserError
+from fastgen.extras import install_line
 
 # scikit-learn ships no split: of each class, every fifth image in file order is for testing.
 TEST_EVERY = 5
@@ -27,7 +28,7 @@ def read_digits() -> tuple[Split, Split, tuple[str, ...]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("data.dataset = digits needs scikit-learn: pip install 'fastgen[demo]'") from None
+        raise UserError(f"data.dataset = digits needs scikit-learn: {install_line('scikit-learn')}") from None
     digits = load_digits()
     images_NHWC = np.round(digits.images * (255 / FULL_INK)).astype(np.uint8)[..., None]
     labels = digits.target.astype(np.int64)

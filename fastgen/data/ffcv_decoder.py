@@ -13,6 +13,7 @@ import torch
 from fastgen.data.beton import JPEG
 from fastgen.data.decoder import Images, UInt8
 from fastgen.errors import UserError
+from fastgen.extras import install_line
 
 
 class FfcvDecoder:
@@ -53,7 +54,7 @@ def _compile() -> Callable[..., Any]:
     except ImportError as error:
         raise UserError(
             f"data.beton_decoder = ffcv: ffcv cannot be imported ({error}): install the headers of OpenCV and "
-            "libjpeg-turbo (Debian: libopencv-dev libturbojpeg0-dev pkg-config), then pip install 'fastgen[ffcv]'"
+            f"libjpeg-turbo (Debian: libopencv-dev libturbojpeg0-dev pkg-config), then {install_line('ffcv')}"
         ) from None
     finally:
         torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastgen.errors import UserError
+from fastgen.extras import install_line
 from fastgen.networks import did_you_mean
 
 # What a constructor cannot do is told in these ways.
@@ -88,5 +89,5 @@ def _timm() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "timm":
             raise
-        raise UserError("networks timm/NAME need timm, which is not installed: pip install timm") from None
+        raise UserError(f"networks timm/NAME need timm, which is not installed: {install_line('timm')}") from None
     return timm

@@ -1,0 +1,1 @@
+"""What runs on this machine, and what installs the rest: the parts of `python -m fastgen.doctor`."""
