@@ -8,7 +8,7 @@ BIN := $(ENV)/bin
 STAMP := $(ENV)/.fastgen-installed
 LOADERS_STAMP := $(ENV)/.fastgen-loaders-installed
 # OpenCV and libjpeg-turbo for FFCV and the native decoder; a compiler and Python's headers for these and torch.compile.
-SYSTEM_PACKAGES := g++ python3-dev pkg-config libopencv-dev libturbojpeg0-dev libjpeg62-turbo-dev
+SYSTEM_PACKAGES := g++ python3-dev pkg-config libopencv-dev libturbojpeg0-dev libjpeg-dev
 
 # For the test that opens the report in a browser; without one it is skipped.
 BROWSER_PACKAGES := chromium fonts-dejavu-core

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 # Debian's names, the same as the Makefile's: for FFCV, the native decoder and torch.compile.
 SYSTEM_PACKAGES = (
-    "g++", "python3-dev", "pkg-config", "libopencv-dev", "libturbojpeg0-dev", "libjpeg62-turbo-dev",
+    "g++", "python3-dev", "pkg-config", "libopencv-dev", "libturbojpeg0-dev", "libjpeg-dev",
 )  # fmt: skip
 APT = "apt-get install -y --no-install-recommends"
 

@@ -32,7 +32,7 @@ def native(place: Place) -> Answer:
         decoder = NativeDecoder()
     except UserError as error:
         reason = str(error).partition("native ")[2] or str(error)
-        return Answer(Mark.BROKEN, reason.partition(": install gcc")[0], advice.system("g++", "libjpeg62-turbo-dev"))
+        return Answer(Mark.BROKEN, reason.partition(": install gcc")[0], advice.system("g++", "libjpeg-dev"))
     return _decoded(decoder, Answer(Mark.OK, "compiles and decodes"))
 
 

@@ -139,4 +139,4 @@ def _run(words: list[str]) -> str:
     return done.stdout
 
 
-_ADVICE = "install gcc and libjpeg-turbo's headers (Debian: gcc libjpeg62-turbo-dev), or set data.beton_decoder=ffcv"
+_ADVICE = "install gcc and libjpeg-turbo's headers (Debian: gcc libjpeg-dev), or set data.beton_decoder=ffcv"
