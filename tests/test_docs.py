@@ -86,7 +86,10 @@ COMMANDS = {
     "make loaders": Parsed(INSTALLS),
     "make soak": Parsed("half an hour; tests/test_soak.py runs a part"),
     "make soak SOAK=--share=0.1": Parsed("minutes; tests/test_soak.py runs a part"),
-    **{f"python -m pip install -e '.[{name}]'": Parsed(INSTALLS) for name in ("timm", "transfer", "dali", "slurm")},
+    **{
+        f"python -m pip install -e '.[{name}]'": Parsed(INSTALLS)
+        for name in ("timm", "transfer", "dali", "slurm", "export")
+    },
     # training
     TRIAL: Run("--run.dir=runs/base", says="results.json"),
     OTHER: Run("--run.dir=runs/other"),
