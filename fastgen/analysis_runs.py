@@ -99,8 +99,13 @@ def _key(identity: Mapping[str, Mapping[str, Any]]) -> str:
     return hash_of(kept)
 
 
-def require_comparable(first: RunRecord, others: Sequence[RunRecord]) -> None:
+def require_comparable(first: RunRecord, others: Sequence[RunRecord], option: str = "--against ") -> None:
     """Errors are compared on the same images alone, of networks that learned from the same data set.
+
+    Args:
+        first: what the others are compared with.
+        others: runs.
+        option: by which the others were given, for the line that refuses one.
 
     Raises:
         UserError: a run was measured on others, or is named twice.
@@ -108,16 +113,16 @@ def require_comparable(first: RunRecord, others: Sequence[RunRecord]) -> None:
     seen = {first.folder.resolve()}
     for other in others:
         if other.folder.resolve() in seen:
-            raise UserError(f"--against {other.folder}: this run is named twice: keep one")
+            raise UserError(f"{option}{other.folder}: this run is named twice: keep one")
         seen.add(other.folder.resolve())
         if other.evaluation != first.evaluation:
             raise UserError(
-                f"--against {other.folder}: was measured on {_told(other)}, {first.folder} on {_told(first)}: "
+                f"{option}{other.folder}: was measured on {_told(other)}, {first.folder} on {_told(first)}: "
                 "name runs of the same data, holdout and val_limit"
             )
         if other.data != first.data:
             raise UserError(
-                f"--against {other.folder}: its training images are not those of {first.folder} (another hash): "
+                f"{option}{other.folder}: its training images are not those of {first.folder} (another hash): "
                 "name runs of the same data"
             )
 
@@ -164,13 +169,18 @@ def describes(content: Mapping[str, Any], run: RunRecord) -> bool:
     return on == run.evaluation and nodes == [row["node"] for row in run.results["generations"]]
 
 
-def names_of(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
-    """Runs by recipe, seeds aside, in order; each recipe under a name of its own, taken from its folders' names."""
+def by_recipe(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Runs of one recipe together, seeds aside, in the order in which they come."""
     by_key: dict[str, list[RunRecord]] = {}
     for run in runs:
         by_key.setdefault(run.key, []).append(run)
+    return list(by_key.values())
+
+
+def names_of(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
+    """Runs by recipe, seeds aside, in order; each recipe under a name of its own, taken from its folders' names."""
     named: list[tuple[str, list[RunRecord]]] = []
-    for group in by_key.values():
+    for group in by_recipe(runs):
         name = _common_begin([run.name for run in group]).rstrip("-_. ") or group[0].name
         taken = {other for other, _ in named}
         # Another recipe may have had the very name: the folder's whole path tells them apart.

@@ -1,0 +1,131 @@
+"""What came out, in a sentence that is no more certain than the results are, and the figures behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastgen.report.compare import Comparison, Contrast, other_settings
+from fastgen.report.document import Span, Words, code, strong, words
+from fastgen.report.groups import Group
+from fastgen.report.stats import difference_text, p_text, spread_text
+
+# Of more recipes the tables tell.
+MOST_DETAILS = 6
+
+
+def headline(groups: Sequence[Group], comparison: Comparison) -> Words:
+    """The sentence."""
+    own_errors = [c for c in comparison.tested if c.measure == "top1_error"]
+    apart = [contrast for contrast in comparison.tested if contrast.apart]
+    if comparison.within:
+        return _within(groups, own_errors)
+    if not comparison.tested:
+        return words("Nothing to compare yet: no student stands beside a network of the baseline of its generation.")
+    if not apart:
+        return words(_nothing_apart(comparison.tested))
+    first, *rest = apart
+    return words(*_told(first), *(part for contrast in rest[:2] for part in ("; ", *_told(contrast))), ".")
+
+
+def details(groups: Sequence[Group], comparison: Comparison) -> tuple[Words, ...]:
+    """A line a comparison, and how to read them."""
+    tested = comparison.tested
+    shown = [_detail(contrast) for contrast in tested[: 2 * MOST_DETAILS]]
+    left = (
+        [words(f"{len(tested) - len(shown)} more comparisons are in the tables.")] if len(tested) > len(shown) else []
+    )
+    alone = [] if tested else [_alone(group) for group in groups[:MOST_DETAILS]]
+    return (*alone, *shown, *left, *_cautions(groups, comparison))
+
+
+def _nothing_apart(tested: Sequence[Contrast]) -> str:
+    pairs = max(contrast.difference.pairs for contrast in tested if contrast.difference is not None)
+    generation = max(contrast.generation for contrast in tested)
+    if pairs == 1:
+        return f"One seed: whether generation {generation} differs from the baseline's cannot be told from noise."
+    return f"Nothing is told apart: all differences in generation {generation} lie within the noise of {pairs} seeds."
+
+
+def _within(groups: Sequence[Group], own_errors: Sequence[Contrast]) -> Words:
+    if not own_errors:
+        best = groups[0].spread("top1_error", groups[0].last)
+        text = f"{groups[0].name}, generation {groups[0].last}: {spread_text(best)} % top-1 error"
+        return words(text, "; no other recipe of its kind is given to compare it with.")
+    first = own_errors[0]
+    ends = " — not a comparison with plain training, of which no runs are given."
+    if not first.apart:
+        text = f"The students of {first.group.name} are not told apart from their own patriarch"
+        return words(text, ends)
+    return words(*_told(first), ends)
+
+
+def _told(contrast: Contrast) -> tuple[str | Span, ...]:
+    """Of one that is beyond noise."""
+    difference = contrast.difference
+    if difference is None:
+        raise ValueError("a contrast without a difference is not told apart")
+    less = "fewer" if difference.mean < 0 else "more"
+    whose = "of 0 to " if contrast.measure.startswith("ensemble") else ""
+    what = "The ensemble" if whose else "Generation"
+    where = f"{what} {whose}{contrast.generation} of {contrast.group.name} makes "
+    return where, strong(f"{less} errors than {_other(contrast)}: {difference_text(difference)} points"), ""
+
+
+def _other(contrast: Contrast) -> str:
+    return "its patriarch" if contrast.group is contrast.baseline else contrast.baseline.name
+
+
+def _detail(contrast: Contrast) -> Words:
+    ensemble = contrast.measure.startswith("ensemble")
+    what = f"ensemble of generations 0 to {contrast.generation}" if ensemble else f"generation {contrast.generation}"
+    own = spread_text(contrast.group.spread(contrast.measure, contrast.generation))
+    other = spread_text(contrast.baseline.spread(contrast.measure, contrast.baseline_generation))
+    beside = (
+        f"its patriarch {other} %" if contrast.group is contrast.baseline else f"{contrast.baseline.name} {other} %"
+    )
+    difference = contrast.difference
+    pairs = 0 if difference is None else difference.pairs
+    text = f"{difference_text(difference)} points"
+    told = strong(text) if contrast.apart else text
+    p = None if difference is None else difference.p
+    ends = f" over {pairs} pair{'s' if pairs != 1 else ''} ({p_text(p)}, {'' if contrast.apart else 'not '}told apart)."
+    return words(f"{contrast.group.name}, {what}: {own} % top-1 error, {beside}: ", told, ends)
+
+
+def _alone(group: Group) -> Words:
+    seeds = len(group.runs)
+    return words(
+        f"{group.name}, generation {group.last}: {spread_text(group.spread('top1_error', group.last))} % top-1 error, "
+        f"ensemble {spread_text(group.spread('ensemble_top1_error', group.last))} % "
+        f"({seeds} seed{'s' if seeds != 1 else ''})."
+    )
+
+
+def _cautions(groups: Sequence[Group], comparison: Comparison) -> list[Words]:
+    lines = []
+    if comparison.tested:
+        count = len(comparison.tested)
+        lines.append(
+            words(
+                "± beside a mean is the standard deviation over seeds (n − 1), beside a difference its standard error "
+                f"over pairs of one seed. Told apart: paired t-test, Holm's procedure over {count} comparison"
+                f"{'s' if count != 1 else ''} chosen beforehand, 5 %. It speaks of other seeds on these very images, "
+                "not of other images."
+            )
+        )
+    if comparison.within:
+        lines.append(
+            words(
+                "A patriarch that is made tolerant errs more for it, so its students' gain over it is not a gain over "
+                "plain training. Give plain runs too: ",
+                code("--gen.patriarch=cross_entropy --gen.confidence=1.0 --gen.teacher_weight=0.0"),
+                ".",
+            )
+        )
+    for group in groups:
+        baseline = comparison.baseline_of.get(group.name)
+        others = [] if baseline is None else other_settings(group, baseline)
+        if baseline is not None and others:
+            named = ", ".join(others)
+            lines.append(words(f"{group.name} and {baseline.name} differ in more than the method: {named}."))
+    return lines
