@@ -159,7 +159,7 @@ def _draw_chart(axis: Axes, panel: Chart) -> None:
         axis.set_ylim(max(SMALLEST_SCORE, smallest / 2), 1.3)
     if panel.square:
         axis.plot([0, 1], [0, 1], color=_light("muted"), linestyle=":", linewidth=1)
-        axis.set(xlim=(0, 1), ylim=(0, 1))
+        axis.set(xlim=(0, 1.02), ylim=(0, 1.02))
     if panel.y_range is not None:
         axis.set_ylim(*panel.y_range)
     if panel.x_ticks and len(panel.x_ticks) <= 12:

@@ -55,7 +55,7 @@ def _error_panels(groups: Sequence[Group], title: str, measures: Mapping[str, st
     ]
     if not ends:
         return []
-    room = 0.06 * max(max(ends) - min(ends), 0.5)
+    room = 0.06 * max(max(ends) - min(ends), 5.0)
     # Both panels have one scale, so that an ensemble's gain is seen.
     y_range = max(0.0, min(ends) - room), max(ends) + room
     ticks = tuple(generations_of(groups))
@@ -158,7 +158,7 @@ def confidence_figure(groups: Sequence[Group], images: str) -> Figure | None:
     told = {line.name for panel in panels for line in panel.lines}
     return Figure(
         name="confidence",
-        title="Confidence beside the law",
+        title="Measured confidence and laws",
         caption=words(f"Mean probabilities on {images}, and what the laws predict.{_left_out(groups, MOST_RECIPES)}"),
         panels=tuple(panels),
         keys=tuple(Key(name, colour, marker, dash) for _, name, colour, marker, dash in shown if name in told),
@@ -222,8 +222,8 @@ def _second_best(number: int, group: Group, content: Mapping[str, Any]) -> Figur
         title=f"Second-best classes: {group.name}",
         caption=words(
             f"{group.name}: how often each class is the highest-scored one other than the label, in percent of the "
-            f"label's training images{'' if named else f'; classes{order}'}. Darker is more, on a scale of square "
-            "roots. Of the first seed that was analysed."
+            f"label's training images{'' if named else f'; classes{order}'}. The stronger the more, on a scale of "
+            "square roots. Of the first seed that was analysed."
         ),
         panels=tuple(maps),
     )
@@ -273,7 +273,7 @@ def calibration_figure(groups: Sequence[Group]) -> Figure | None:
     ensemble = (Key("ensemble of all", RECIPES[1], "s", "--"),) if len(widest.generations) > 1 else ()
     return Figure(
         name="reliability",
-        title="Calibration",
+        title="Reliability",
         caption=words(
             "Accuracy of images by the confidence of their first class; on the diagonal both are equal, below it the "
             f"network is too sure. Bins of {LEAST_BIN_IMAGES} images or more; of the first seed that was analysed."

@@ -101,8 +101,10 @@ def _given(run: Run) -> str:
     words_given = [str(word) for word in run.environment.get("command", [])]
     if not words_given:
         return f"# {run.record.name}: its environment.json does not tell"
-    module = Path(words_given[0]).stem
-    return shlex.join(["python", "-m", f"fastgen.{module}", *words_given[1:]])
+    if Path(words_given[0]).name != "train.py":
+        # Another program, which calls fastgen.train.
+        return shlex.join(words_given)
+    return shlex.join(["python", "-m", "fastgen.train", *words_given[1:]])
 
 
 def _again(run: Run) -> str:

@@ -91,8 +91,15 @@ def _words(text: Words) -> str:
 
 
 def _span(span: Span) -> str:
-    text = escape(span.text)
+    text = escape(_held(span.text))
     return {"plain": text, "strong": f"<strong>{text}</strong>", "code": f"<code>{text}</code>"}[span.style]
+
+
+def _held(text: str) -> str:
+    """With spaces at which no line ends: a number keeps its sign, unit and deviation."""
+    for apart in (" ± ", " %", "p = ", "p < "):
+        text = text.replace(apart, apart.replace(" ", "\N{NO-BREAK SPACE}"))
+    return text
 
 
 def _code(block: Code) -> str:
@@ -119,8 +126,8 @@ def _table(table: Table) -> str:
 </div>"""
 
 
-def _class(table: Table, column: int) -> str:
-    kinds = ["name"] * (column == 0) + ["text"] * (column < table.text_columns)
+def _class(table: Table, column: int, *, last: bool = False) -> str:
+    kinds = ["name"] * (column == 0) + ["text"] * (column < table.text_columns) + ["last"] * last
     return f' class="{" ".join(kinds)}"' if kinds else ""
 
 
@@ -132,14 +139,10 @@ def _row(table: Table, number: int) -> str:
             continue
         span = f' rowspan="{spanned}"' if spanned > 1 else ""
         tag, scope = ("th", f' scope="row{"group" if spanned > 1 else ""}"') if column == 0 else ("td", "")
-        cells.append(f"<{tag}{scope}{span}{_class(table, column)}>{_span(cell)}</{tag}>")
-    kinds = []
-    first = _spanned(table, number, 0)
-    if first:
-        kinds.append("first")
-        if number + first == len(table.rows):
-            kinds.append("ends")
-    return f'<tr class="{" ".join(kinds)}">{"".join(cells)}</tr>' if kinds else f"<tr>{''.join(cells)}</tr>"
+        kinds = _class(table, column, last=number + spanned == len(table.rows))
+        cells.append(f"<{tag}{scope}{span}{kinds}>{_span(cell)}</{tag}>")
+    first = ' class="first"' if _spanned(table, number, 0) else ""
+    return f"<tr{first}>{''.join(cells)}</tr>"
 
 
 def _spanned(table: Table, number: int, column: int) -> int:
@@ -176,8 +179,8 @@ def _sample(sample: Sample) -> str:
     answers = "".join(_answer(name, ranked) for name, ranked in sample.answers)
     size = f'width="{sample.width_px}" height="{sample.height_px}"'
     return f"""<div class="sample"><img{kind} alt="{alt}" {size} src="data:image/png;base64,{data}">
-<div><p class="label"><b>{escape(sample.label)}</b> <span>image {sample.sample_id}</span></p>
-<div class="answers">{answers}</div></div></div>"""
+<p class="label"><b>{escape(sample.label)}</b> <span>image {sample.sample_id}</span></p>
+<div class="answers">{answers}</div></div>"""
 
 
 def _answer(name: str, ranked: Sequence[Ranked]) -> str:

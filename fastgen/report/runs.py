@@ -120,12 +120,15 @@ def _require_whole(record: RunRecord) -> None:
 
 
 def _history(folder: Path, row: Row) -> Sequence[Row]:
-    """From the node; where that is gone, from the events."""
+    """From the node; where that is gone, from the events. The last epoch's network is the one that was measured."""
     node = Node(folder / f"generation_{row['generation']}")
-    if node.finished:
-        history: Sequence[Row] = node.facts()["training"].get("history", ())
-        return history
-    return _epochs(read_events(folder), row["generation"])
+    told = (
+        node.facts()["training"].get("history", ())
+        if node.finished
+        else _epochs(read_events(folder), row["generation"])
+    )
+    errors = {name: row[name] for name in ("top1_error", "top5_error")}
+    return [*told[:-1], {**told[-1], **errors}] if told else []
 
 
 def _epochs(events: Iterable[Row], generation: int) -> Sequence[Row]:
@@ -142,7 +145,8 @@ def _lacking(record: RunRecord) -> str:
     if not missing:
         return ""
     which = f"generation {missing[0]}" if len(missing) == 1 else f"generations {missing[0]} to {missing[-1]}"
-    return f"{which} of 0 to {wanted[-1]} not trained and measured yet{_last_words(record.folder)}"
+    are = "is" if len(missing) == 1 else "are"
+    return f"{which} of 0 to {wanted[-1]} {are} not trained and measured yet{_last_words(record.folder)}"
 
 
 def _last_words(folder: Path) -> str:

@@ -80,8 +80,8 @@ def _gallery(shown: Shown, count: int, root: str | None) -> Gallery:
     return Gallery(
         caption=words(
             f"The first {len(positions)} {part} images in the order of their Philox words under key 0 (stream "
-            f"{SAMPLE_STREAM}): nobody chose them. Right class: {dataset.facts.classes} are possible; beside it, what "
-            f"{' and '.join(name for name, _ in asked)} of {shown.group.name}, seed {shown.run.seed_name}, rank first."
+            f"{SAMPLE_STREAM}): nobody chose them. Beside each, what networks of {shown.group.name}, seed "
+            f"{shown.run.seed_name}, rank first among {dataset.facts.classes} classes; a tick marks the right one."
         ),
         samples=tuple(_sample(dataset, batch, n, answers) for n in range(len(positions))),
     )

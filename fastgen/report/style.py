@@ -1,7 +1,7 @@
 """Colours and type of a report.
 
 Colours of recipes are Okabe and Ito's, told apart by colour-blind readers, a shade darker on white and lighter on
-black; those of generations are steps of cividis. Text has a contrast of 4.5 or more (WCAG 2.2 AA) on either ground.
+black; those of generations are steps of viridis. Text has a contrast of 4.5 or more (WCAG 2.2 AA) on either ground.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _NAMED: dict[Colour, tuple[str, str]] = {
     "c6": ("#4a4f57", "#c9ced6"),
 }
 MOST_STEPS = 12
-_FIRST_STEP, _LAST_STEP = (0.0, 0.80), (1.0, 0.30)
+# From dark to light on white, from light to dark on black: the last generation is the palest on either.
+_ON_WHITE, _ON_BLACK = (0.0, 0.82), (1.0, 0.38)
 
 
 def recipe_colour(number: int) -> Colour:
@@ -49,7 +50,7 @@ def palette() -> dict[Colour, tuple[str, str]]:
     for step in range(MOST_STEPS):
         share = step / (MOST_STEPS - 1)
         light, dark = (
-            to_hex(colormaps["cividis"](first + share * (last - first))) for first, last in (_FIRST_STEP, _LAST_STEP)
+            to_hex(colormaps["viridis"](first + share * (last - first))) for first, last in (_ON_WHITE, _ON_BLACK)
         )
         steps[f"g{step}"] = light, dark
     return _NAMED | steps
@@ -72,7 +73,7 @@ _RULES = """
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
 body{margin:0;background:var(--ground);color:var(--ink);
  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main,header,footer{max-width:1080px;margin:0 auto;padding:0 20px}
+main,header,footer{max-width:1180px;margin:0 auto;padding:0 20px}
 header{padding-top:40px}
 h1{font-size:clamp(1.55rem,1.1rem + 2vw,2.2rem);line-height:1.2;letter-spacing:-.015em;margin:0 0 6px}
 h2{font-size:1.35rem;line-height:1.3;letter-spacing:-.01em;margin:56px 0 14px;padding-top:14px;
@@ -105,9 +106,7 @@ thead th.text{font-weight:600}
 th.name{white-space:normal;min-width:9.5em;max-width:22em;position:sticky;left:0;background:var(--ground)}
 tbody tr.first>*{border-top:1px solid var(--line)}
 tbody tr:first-child>*{border-top:0}
-tbody tr:last-child>*{border-bottom:1.5px solid var(--ink)}
-tbody th.name[rowspan]{border-bottom:0}
-tbody tr.ends th.name{border-bottom:1.5px solid var(--ink)}
+tbody .last{border-bottom:1.5px solid var(--ink)}
 figure{margin:22px 0 34px}
 figcaption{color:var(--muted);font-size:.88rem;line-height:1.5;max-width:84ch;margin-top:8px}
 .keys{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;padding:0;margin:0 0 8px;max-width:none;font-size:.88rem}
@@ -118,12 +117,12 @@ figcaption{color:var(--muted);font-size:.88rem;line-height:1.5;max-width:84ch;ma
 .panels.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
 .samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr));gap:18px 22px;margin:0 0 26px}
 .sample{margin:0;padding:14px;border:1px solid var(--line);border-radius:8px;display:grid;
- grid-template-columns:96px minmax(0,1fr);gap:4px 14px;break-inside:avoid}
-.sample img{width:96px;height:96px;object-fit:contain;border-radius:4px;background:var(--raised)}
+ grid-template-columns:96px minmax(0,1fr);grid-template-rows:auto 1fr;gap:4px 14px;break-inside:avoid}
+.sample img{grid-row:1/3;width:96px;height:96px;object-fit:contain;border-radius:4px;background:var(--raised)}
 .sample img.small{image-rendering:pixelated}
 .sample .label{margin:0;font-size:.92rem}
 .sample .label span{color:var(--muted)}
-.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,140px),1fr));gap:10px 16px}
+.answers{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:10px 16px}
 .answers h4{margin:4px 0 2px;font-size:.8rem;font-weight:600;color:var(--muted)}
 .answers ol{list-style:none;margin:0;padding:0;font-size:.82rem;line-height:1.35}
 .answers li{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:0 8px;margin:0 0 3px}
@@ -144,8 +143,10 @@ footer{color:var(--muted);font-size:.85rem;padding-top:8px;padding-bottom:40px}
  .headline{padding:16px 16px 4px}
  .headline p{font-size:1.08rem}
  th.name{max-width:9.5em;min-width:7em}
- .sample{grid-template-columns:72px minmax(0,1fr)}
- .sample img{width:72px;height:72px}
+ .sample{grid-template-columns:56px minmax(0,1fr)}
+ .sample img{width:56px;height:56px;grid-row:auto}
+ .sample .label{align-self:center}
+ .answers{grid-column:1/-1}
 }
 @media print{
  body{font-size:10pt}

@@ -88,28 +88,26 @@ def difference_table(groups: Sequence[Group], comparison: Comparison) -> list[Ta
         text = difference_text(contrast.difference)
         return strong(text) if contrast.apart else Span(text)
 
-    rows = tuple(
-        (
-            Span(group.name),
-            Span(comparison.baseline_of[group.name].name),
-            Span(COMPARED[measure]),
-            *(cell(group, g, measure) for g in generations),
-        )
-        for group in compared
-        for measure in COMPARED
-    )
+    baselines = {group.name: comparison.baseline_of[group.name].name for group in compared}
+    several = len({*baselines.values()}) > 1
+
+    def row(group: Group, measure: str) -> tuple[Span, ...]:
+        named = (Span(group.name), *((Span(baselines[group.name]),) if several else ()), Span(COMPARED[measure]))
+        return (*named, *(cell(group, g, measure) for g in generations))
+
     return [
         Table(
             name="differences",
             caption=words(
-                "Difference to the same generation of the baseline, in points: mean ± standard error over pairs of "
-                "runs with one seed. Negative: fewer errors. Tested are the top-1 errors of the last common generation "
-                "alone; bold: told apart. Same: both are the very same networks."
+                f"Difference to the same generation of {'the baseline' if several else baselines[compared[0].name]}, "
+                "in points: mean ± standard error over pairs of runs with one seed. Negative: fewer "
+                "errors. Tested are the top-1 errors of the last common generation alone; bold: told apart. Same: both "
+                "are the very same networks."
             ),
-            headings=("recipe", "minus", "error", *(f"gen {g}" for g in generations)),
-            rows=rows,
-            text_columns=3,
-            merged_columns=2,
+            headings=("recipe", *(("minus",) if several else ()), "error", *(f"gen {g}" for g in generations)),
+            rows=tuple(row(group, measure) for group in compared for measure in COMPARED),
+            text_columns=2 + several,
+            merged_columns=1 + several,
             in_paper=True,
         )
     ]
@@ -176,7 +174,7 @@ def speed_table(groups: Sequence[Group]) -> Table:
 
     def cells(_group: Group, _generation: int, own: list[Row]) -> tuple[Span, ...]:
         speeds = (_mean(own, "train_images_per_second", 0), _mean(own, "wall_images_per_second", 0))
-        seconds = (_mean(own, "train_seconds", 0), _mean(own, "wall_seconds", 0))
+        seconds = (_mean(own, "train_seconds", 1), _mean(own, "wall_seconds", 1))
         return Span("/".join(sorted({str(row.get("processes", 1)) for row in own}))), *speeds, *seconds
 
     return Table(
