@@ -24,6 +24,11 @@ ANALYSIS_FILE = "analysis.json"
 # Of a row of results.json; the rest of a row is made here.
 TOLD = ("top1_error", "ensemble_top1_error", "nll", "ece", "mean_confidence", "mean_label_confidence", "topk_share")
 TIMES = ("seconds_alone", "seconds_together")
+# Without these, results.json is damaged.
+ABOUT_RUN = ("dataset", "model", "evaluated_on", "train_images")
+ABOUT_NETWORK = (
+    "generation", "role", "node", "top1_error", "top5_error", "samples_evaluated", "train_seconds", "wall_seconds",
+)  # fmt: skip
 LAST_MEMBERS = "last_members_top1_error"
 
 
@@ -70,11 +75,20 @@ def read_run(folder: Path) -> RunRecord:
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder}: no generation is measured yet (it has no results.json): train it first")
     results = read_json(folder / "results.json")
+    _require_whole(folder / "results.json", results)
     plan = _read_list(folder / "plan.json")
     recipe = load_text((folder / "recipe.yaml").read_text(), str(folder / "recipe.yaml"))
     device = read_json(folder / "environment.json")["device"]
     data = plan[0]["identity"]["data"]["hash"]
     return RunRecord(folder, recipe.as_dict(), _key(recipe.identity()), results, data, device)
+
+
+def _require_whole(path: Path, results: Mapping[str, Any]) -> None:
+    """A file may be JSON and yet hold no results."""
+    rows = results.get("generations")
+    whole = all(name in results for name in ABOUT_RUN) and isinstance(rows, list) and rows
+    if not whole or any(name not in row for row in rows for name in ABOUT_NETWORK):
+        raise UserError(f"{path}: is damaged (no whole results): start the run's own command again")
 
 
 def _read_list(path: Path) -> list[Any]:

@@ -138,3 +138,11 @@ def cifar100_root():
     if not folder:
         pytest.skip("FASTGEN_CIFAR100 does not name the folder of the official CIFAR-100 files")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def report_runs(tmp_path_factory):
+    """Folder of the small runs that reports are made of; not to be changed."""
+    from report_runs import train_runs
+
+    return train_runs(tmp_path_factory.mktemp("report_runs"))

@@ -207,13 +207,19 @@ def _light(name: str) -> str:
     return palette()[name][0]
 
 
+def _size_alone(found: re.Match[str]) -> str:
+    """`font: bold 10px 'A', 'B'` without the type."""
+    return (f"font-weight: {found[1]}; " if found[1] else "") + f"font-size: {found[2]}px"
+
+
 def _for_page(drawn: str, alt: str) -> str:
     """Turns matplotlib's file into an element: no declarations, ids and styles of its own; the page's colours."""
     text = drawn[drawn.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<defs>\s*</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    text = re.sub(r"font: (\d+|bold) ([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", text)
+    # The sizes stay, the type is the page's.
+    text = re.sub(r" ?font-family: [^;\"]*;?", "", text)
+    text = re.sub(r"font: (?:(\d+|bold) )?([\d.]+)px [^;\"]*", _size_alone, text)
     text = text.replace("xlink:href", "href")
     for name, (colour, _) in palette().items():
         text = text.replace(colour, f"var(--{name})")

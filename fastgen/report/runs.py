@@ -100,7 +100,6 @@ def _run_folders(place: Path) -> list[Path]:
 
 def _read(folder: Path) -> Run:
     record = read_run(folder)
-    _require_whole(record)
     return Run(
         record=record,
         analysis=read_analysis(record),
@@ -108,15 +107,6 @@ def _read(folder: Path) -> Run:
         histories={row["generation"]: _history(folder, row) for row in record.results["generations"]},
         lacking=_lacking(record),
     )
-
-
-def _require_whole(record: RunRecord) -> None:
-    """results.json may be JSON and yet be no results."""
-    path = record.folder / "results.json"
-    for row in record.results["generations"]:
-        for name in ("generation", "role", "node", "top1_error", "top5_error", "train_seconds", "wall_seconds"):
-            if name not in row:
-                raise UserError(f"{path}: is damaged (a generation without {name}): start the run's own command again")
 
 
 def _history(folder: Path, row: Row) -> Sequence[Row]:
