@@ -86,8 +86,8 @@ def read_run(folder: Path) -> RunRecord:
 def _require_whole(path: Path, results: Mapping[str, Any]) -> None:
     """A file may be JSON and yet hold no results."""
     rows = results.get("generations")
-    whole = all(name in results for name in ABOUT_RUN) and isinstance(rows, list) and rows
-    if not whole or any(name not in row for row in rows for name in ABOUT_NETWORK):
+    named = all(name in results for name in ABOUT_RUN) and isinstance(rows, list) and len(rows) > 0
+    if not named or any(name not in row for row in results["generations"] for name in ABOUT_NETWORK):
         raise UserError(f"{path}: is damaged (no whole results): start the run's own command again")
 
 

@@ -146,3 +146,13 @@ def report_runs(tmp_path_factory):
     from report_runs import train_runs
 
     return train_runs(tmp_path_factory.mktemp("report_runs"))
+
+
+@pytest.fixture(scope="session")
+def written_report(report_runs, tmp_path_factory):
+    """Folder of a report of all small runs; not to be changed."""
+    from fastgen.report.__main__ import main
+
+    folder = tmp_path_factory.mktemp("written_report")
+    main([str(report_runs), "--to", str(folder)])
+    return folder

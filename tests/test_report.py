@@ -59,14 +59,6 @@ def refused(capfd, *words_):
 
 
 @pytest.fixture(scope="module")
-def report(report_runs, tmp_path_factory):
-    """A report of all runs, as files."""
-    folder = tmp_path_factory.mktemp("report")
-    main([str(report_runs), "--to", str(folder)])
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole(report_runs):
     """The same report as a document."""
     return document_of(report_runs, samples=8)
@@ -159,8 +151,8 @@ def test_differences_are_of_the_same_generation_and_seed(whole, report_runs):
             assert cell.text == f"{signed(statistics.mean(values))} ± {error:.2f}"
 
 
-def test_tidy_files_hold_every_result(report, report_runs):
-    with (report / "results.csv").open() as file:
+def test_tidy_files_hold_every_result(written_report, report_runs):
+    with (written_report / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
     for row in rows:
@@ -168,7 +160,7 @@ def test_tidy_files_hold_every_result(report, report_runs):
         for name in ("top1_error", "ensemble_top5_error", "nll", "wall_seconds"):
             assert float(row[name]) == told[name]
         assert (row["node"], row["role"]) == (told["node"], told["role"])
-    with (report / "history.csv").open() as file:
+    with (written_report / "history.csv").open() as file:
         epochs = list(csv.DictReader(file))
     assert len(epochs) == 24
     for row in epochs:
@@ -253,7 +245,7 @@ def test_a_difference_within_noise_is_not_told_apart(report_runs, tmp_path):
     # t = -0.6 / (0.36 / sqrt 3) = -2.9, p = 0.10.
     document = document_of(with_errors(report_runs, tmp_path / "x", (29.0, 29.8, 29.7), (30.0, 30.1, 30.2)))
     assert plain(document.headline) == (
-        "Nothing is told apart: all differences in generation 1 lie within the noise of 3 seeds."
+        "Nothing is told apart: in generation 1 all differences lie within the noise of the seeds."
     )
     spans = [cell for table in document.tables() for row in table.rows for cell in row]
     assert not [span for span in (*spans, *itertools.chain(*document.details)) if span.style == "strong"]
@@ -355,7 +347,7 @@ def test_samples_show_what_the_networks_say(whole, report_runs):
             assert [one.probability for one in ranked] == pytest.approx(sorted(p_C.tolist())[:-6:-1], rel=1e-4)
             assert [one.is_label for one in ranked] == [one.name == sample.label for one in ranked]
             assert ranked[0].name == str(int(p_C.argmax()))
-            assert name == f"{('patriarch', 'student')[generation]}, generation {generation}"
+            assert name == f"{('patriarch', 'student')[generation]}, gen {generation}"
 
 
 def test_samples_that_cannot_be_shown_are_a_line(report_runs, tmp_path):
@@ -399,8 +391,8 @@ class Seen(HTMLParser):
             self.text += data
 
 
-def test_the_page_fetches_nothing_and_runs_nothing(report):
-    seen = Seen((report / "report.html").read_text())
+def test_the_page_fetches_nothing_and_runs_nothing(written_report):
+    seen = Seen((written_report / "report.html").read_text())
     tags = {tag for tag, _ in seen.tags}
     assert not tags & {"script", "iframe", "object", "embed", "form", "base"}
     for tag, attributes in seen.tags:
@@ -412,7 +404,7 @@ def test_the_page_fetches_nothing_and_runs_nothing(report):
             assert attributes["alt"]
         if tag == "svg":
             assert attributes.get("aria-label") or attributes.get("aria-hidden") == "true"
-    text = (report / "report.html").read_text()
+    text = (written_report / "report.html").read_text()
     assert not re.search(r"url\((?!#)", text)
     assert "@import" not in text
     ids = [attributes["id"] for _, attributes in seen.tags if "id" in attributes]
@@ -422,10 +414,10 @@ def test_the_page_fetches_nothing_and_runs_nothing(report):
     assert targets <= {*ids}
 
 
-def test_all_forms_tell_the_same(report, whole):
-    html = Seen((report / "report.html").read_text()).text.replace("\N{NO-BREAK SPACE}", " ")
-    markdown = (report / "report.md").read_text()
-    tex = (report / "tables.tex").read_text()
+def test_all_forms_tell_the_same(written_report, whole):
+    html = Seen((written_report / "report.html").read_text()).text.replace("\N{NO-BREAK SPACE}", " ")
+    markdown = (written_report / "report.md").read_text()
+    tex = (written_report / "tables.tex").read_text()
     for table in whole.tables():
         for cell in itertools.chain(*table.rows):
             assert cell.text in html
@@ -434,22 +426,23 @@ def test_all_forms_tell_the_same(report, whole):
         for cell in itertools.chain(*table.rows):
             assert cell.text.replace("±", r"$\pm$").replace("−", "$-$").replace("–", "--") in tex
     for figure in re.findall(r"\]\((figures/[^)]*)\)", markdown):
-        assert (report / figure).read_bytes().startswith(b"\x89PNG")
-    assert len(list((report / "figures").iterdir())) == len(whole.figures())
+        assert (written_report / figure).read_bytes().startswith(b"\x89PNG")
+    assert len(list((written_report / "figures").iterdir())) == len(whole.figures())
     assert plain(whole.headline) in html
 
 
-def test_the_same_runs_give_the_same_bytes(report, whole, report_runs, tmp_path, capsys):
-    (tmp_path / "again" / "figures").mkdir(parents=True)
-    stale = tmp_path / "again" / "figures" / "training-7.png"
-    stale.write_bytes(b"of an earlier report")
-    main([str(report_runs), "--to", str(tmp_path / "again")])
-    files = sorted(path.relative_to(report) for path in report.rglob("*") if path.is_file())
-    assert len(files) == 5 + 7
-    assert files == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*.*"))
+def test_another_process_writes_the_same_bytes(written_report, whole, report_runs, tmp_path, run_command):
+    again = tmp_path / "again"
+    (again / "figures").mkdir(parents=True)
+    (again / "figures" / "training-7.png").write_bytes(b"of an earlier report")
+    ended = run_command([report_runs, "--to", again], module="fastgen.report")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.splitlines()[-2:] == [plain(whole.headline), f"{again}/report.html  (11 files beside it)"]
+    files = sorted(path.relative_to(written_report) for path in written_report.rglob("*") if path.is_file())
+    assert len(files) == 12
+    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
     for path in files:
-        assert (report / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
-    assert plain(whole.headline) in capsys.readouterr().out
+        assert (written_report / path).read_bytes() == (again / path).read_bytes(), path
 
 
 def test_names_are_text_whatever_they_hold():
@@ -469,8 +462,8 @@ def test_names_are_text_whatever_they_hold():
     assert png(figure).startswith(b"\x89PNG")
 
 
-def test_latex_tables_are_whole(report):
-    text = (report / "tables.tex").read_text()
+def test_latex_tables_are_whole(written_report):
+    text = (written_report / "tables.tex").read_text()
     for table in re.findall(r"\\begin{tabular}{(\w+)}(.*?)\\end{tabular}", text, re.DOTALL):
         columns, body = table
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
@@ -601,9 +594,3 @@ def test_a_folder_that_may_not_be_written_to_is_told(report_runs, tmp_path, capf
     monkeypatch.setattr("fastgen.report.files.write_atomically", full)
     code, line = refused(capfd, report_runs / "tolerant_0", "--samples=0", f"--to={tmp_path / 'to'}")
     assert (code, "No space left on device" in line) == (1, True)
-
-
-def test_the_command_runs(run_command, report_runs):
-    ended = run_command([report_runs / "plain_0", report_runs / "tolerant_0", "--samples=1"], module="fastgen.report")
-    assert (ended.code, ended.err) == (0, "")
-    assert ended.out.splitlines()[-1] == "report/report.html  (9 files beside it)"

@@ -92,7 +92,7 @@ def _nearest(group: Group, baselines: Sequence[Group]) -> Group:
 
 def other_settings(group: Group, baseline: Group) -> list[str]:
     """Settings beside the method in which two recipes differ."""
-    return [key for key in differing([group.settings, baseline.settings]) if key not in TOLD]
+    return [key for key in differing([group.settings, baseline.settings]) if key not in {*TOLD, "gen.generations"}]
 
 
 def _beside(group: Group, baseline: Group, measure: str) -> list[Contrast]:

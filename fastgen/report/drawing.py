@@ -27,7 +27,7 @@ SQUARE_INCHES = (5.0, 4.6)
 POINTS = 11.0
 DOTS_PER_INCH = 150
 TITLE_LETTERS = 48
-# Panels of a PNG side by side.
+# Panels of a PNG side by side; three of them are.
 MOST_COLUMNS = 2
 SMALLEST_SCORE = 1e-7
 
@@ -49,15 +49,15 @@ def svg(panel: Panel, name: str) -> str:
 
 def png(figure: Figure) -> bytes:
     """All panels with their legend, on white."""
-    columns = min(len(figure.panels), MOST_COLUMNS)
+    columns = min(len(figure.panels), 3 if len(figure.panels) == 3 else MOST_COLUMNS)
     rows = -(-len(figure.panels) // columns)
     width, height = _size(figure.panels[0])
     with _settings(figure.name):
         canvas = _canvas((columns * width, rows * height + 0.32 * -(-len(figure.keys) // columns)))
-        axes = canvas.subplots(rows, columns, squeeze=False).flat
+        axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
         for axis, panel in zip(axes, figure.panels, strict=False):
             _draw(axis, panel)
-        for axis in list(axes)[len(figure.panels) :]:
+        for axis in axes[len(figure.panels) :]:
             axis.set_axis_off()
         handles = [_handle(key) for key in figure.keys]
         if handles:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fastgen.report.document import Chart, Dash, Figure, HeatMap, Key, Line, words
+from fastgen.report.document import Chart, Colour, Dash, Figure, HeatMap, Key, Line, words
 from fastgen.report.groups import Group
 from fastgen.report.runs import Row, Run
 from fastgen.report.style import MARKERS, RECIPES, generation_colour, recipe_colour
@@ -83,12 +83,20 @@ def _over_generations(group: Group, measure: str, name: str, colour: str, marker
     return Line(name, xs, ys, colour, bars if any(bars) else (), marker, dash)
 
 
+def _colours(groups: Iterable[Group]) -> dict[int, Colour]:
+    """Of each generation, the same in all figures."""
+    generations = generations_of(groups)
+    return {g: generation_colour(n, len(generations)) for n, g in enumerate(generations)}
+
+
 def curve_figures(groups: Sequence[Group], part: str) -> list[Figure]:
     """Training of each recipe: loss, error on the training views, error on the evaluation images."""
-    return [figure for n, group in enumerate(groups[:MOST_RECIPES]) if (figure := _curves(n, group, part)) is not None]
+    colours = _colours(groups)
+    drawn = [_curves(n, group, colours, part) for n, group in enumerate(groups[:MOST_RECIPES])]
+    return [figure for figure in drawn if figure is not None]
 
 
-def _curves(number: int, group: Group, part: str) -> Figure | None:
+def _curves(number: int, group: Group, colours: Mapping[int, Colour], part: str) -> Figure | None:
     shown: list[tuple[str, str, Callable[[Row], float | None]]] = [
         ("training loss", "objective", lambda row: row.get("loss")),
         ("training error", "percent", _training_error),
@@ -96,7 +104,7 @@ def _curves(number: int, group: Group, part: str) -> Figure | None:
     ]
     panels = []
     for title, label, value in shown:
-        lines = [line for g in group.generations if (line := _curve(group, g, value)) is not None]
+        lines = [line for g in group.generations if (line := _curve(group, g, colours[g], value)) is not None]
         if lines:
             panels.append(Chart(title, "epoch", label, tuple(lines)))
     if not panels:
@@ -111,7 +119,7 @@ def _curves(number: int, group: Group, part: str) -> Figure | None:
             f"augmented views while the network changes; {part} error that of evaluations on the way."
         ),
         panels=tuple(panels),
-        keys=_generation_keys(group.generations, marker=""),
+        keys=_generation_keys(group.generations, colours, marker=""),
     )
 
 
@@ -120,7 +128,7 @@ def _training_error(row: Row) -> float | None:
     return None if accuracy is None else 100 * (1 - accuracy)
 
 
-def _curve(group: Group, generation: int, value: Callable[[Row], float | None]) -> Line | None:
+def _curve(group: Group, generation: int, colour: Colour, value: Callable[[Row], float | None]) -> Line | None:
     """Mean over the runs of what all of them tell, against epochs that are over."""
     histories = [run.histories.get(generation, ()) for run, _ in group.rows(generation)]
     told = [{row["epoch"] + 1: v for row in history if (v := value(row)) is not None} for history in histories]
@@ -129,14 +137,12 @@ def _curve(group: Group, generation: int, value: Callable[[Row], float | None]) 
     if not epochs:
         return None
     ys = tuple(statistics.mean(own[epoch] for own in told) for epoch in epochs)
-    colour = generation_colour(group.generations.index(generation), len(group.generations))
     marker = "o" if len(epochs) < 2 else ""
     return Line(f"generation {generation}", tuple(map(float, epochs)), ys, colour, marker=marker)
 
 
-def _generation_keys(generations: Sequence[int], marker: str = "o") -> tuple[Key, ...]:
-    count = len(generations)
-    return tuple(Key(f"generation {g}", generation_colour(n, count), marker) for n, g in enumerate(generations))
+def _generation_keys(generations: Iterable[int], colours: Mapping[int, Colour], marker: str = "o") -> tuple[Key, ...]:
+    return tuple(Key(f"generation {g}", colours[g], marker) for g in sorted(generations))
 
 
 def confidence_figure(groups: Sequence[Group], images: str) -> Figure | None:
@@ -172,19 +178,13 @@ def analysed(group: Group) -> Run | None:
 
 def score_figure(groups: Sequence[Group]) -> Figure | None:
     """Sorted scores on the training set, as arXiv 1805.05551's Figure 1 (left): a panel a recipe."""
-    panels, most = [], 0
+    panels, colours = [], _colours(groups)
     for group, content in _analyses(groups):
-        rows = content["generations"]
-        most = max(most, len(rows))
-        lines = tuple(
-            _scores(f"generation {row['generation']}", row["training"]["sorted_scores"], n, len(rows))
-            for n, row in enumerate(rows)
-        )
+        lines = tuple(_scores(row, colours) for row in content["generations"])
         ranks = tuple(range(1, len(lines[0].xs) + 1))
         panels.append(Chart(group.name, "rank of the score", "mean softmax score", lines, ranks, log=True))
     if not panels:
         return None
-    widest = max((group for group, _ in _analyses(groups)), key=lambda group: len(group.generations))
     return Figure(
         name="scores",
         title="Sorted scores",
@@ -193,13 +193,18 @@ def score_figure(groups: Sequence[Group]) -> Figure | None:
             "the first seed that was analysed."
         ),
         panels=tuple(panels),
-        keys=_generation_keys(widest.generations),
+        keys=_generation_keys(_analysed_generations(groups), colours),
     )
 
 
-def _scores(name: str, means: Sequence[float], number: int, count: int) -> Line:
+def _scores(row: Mapping[str, Any], colours: Mapping[int, Colour]) -> Line:
+    means = tuple(row["training"]["sorted_scores"])
     xs = tuple(map(float, range(1, len(means) + 1)))
-    return Line(name, xs, tuple(means), generation_colour(number, count))
+    return Line(f"generation {row['generation']}", xs, means, colours[row["generation"]])
+
+
+def _analysed_generations(groups: Iterable[Group]) -> set[int]:
+    return {row["generation"] for _, content in _analyses(groups) for row in content["generations"]}
 
 
 def _analyses(groups: Iterable[Group]) -> list[tuple[Group, Mapping[str, Any]]]:
@@ -257,20 +262,19 @@ def _most_frequent(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 def calibration_figure(groups: Sequence[Group]) -> Figure | None:
     """Reliability diagrams on the evaluation set, a panel a recipe."""
-    panels = []
+    panels, colours, ensembles = [], _colours(groups), False
     for group, content in _analyses(groups):
-        rows = content["generations"]
         lines = [
-            _reliability(f"generation {row['generation']}", row["evaluation"], generation_colour(n, len(rows)))
-            for n, row in enumerate(rows)
+            _reliability(f"generation {row['generation']}", row["evaluation"], colours[row["generation"]])
+            for row in content["generations"]
         ]
         if content["ensembles"]["all"] is not None:
+            ensembles = True
             lines.append(_reliability("ensemble of all", content["ensembles"]["all"], RECIPES[1], "s", "--"))
         panels.append(Chart(group.name, "p_a1 of a bin", "accuracy of a bin", tuple(lines), square=True))
     if not panels:
         return None
-    widest = max((group for group, _ in _analyses(groups)), key=lambda group: len(group.generations))
-    ensemble = (Key("ensemble of all", RECIPES[1], "s", "--"),) if len(widest.generations) > 1 else ()
+    ensemble = (Key("ensemble of all", RECIPES[1], "s", "--"),) if ensembles else ()
     return Figure(
         name="reliability",
         title="Reliability",
@@ -279,7 +283,7 @@ def calibration_figure(groups: Sequence[Group]) -> Figure | None:
             f"network is too sure. Bins of {LEAST_BIN_IMAGES} images or more; of the first seed that was analysed."
         ),
         panels=tuple(panels),
-        keys=(*_generation_keys(widest.generations), *ensemble),
+        keys=(*_generation_keys(_analysed_generations(groups), colours), *ensemble),
     )
 
 

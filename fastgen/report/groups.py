@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from fastgen.analysis_runs import by_recipe
+from fastgen.config import SECTIONS
 from fastgen.errors import UserError
 from fastgen.report.runs import Row, Run, Seed
 from fastgen.report.stats import Spread, spread_of
@@ -17,12 +18,14 @@ Kind = Literal["plain", "born-again", "other"]
 
 # What `_method` tells in words.
 TOLD = {"gen.patriarch", "gen.confidence", "gen.teacher_weight"}
-# Seeds, places, and what decides no weights.
-SILENT = {"run", "dist"}
-NEVER = {
-    "data.seed", "data.root", "data.download", "data.workers", "data.batches_ahead", "data.os_cache", "data.val_limit",
-    "teacher.labels", "gen.generations",
-}  # fmt: skip
+SEEDS = {"run.init_seed", "data.seed"}
+# Settings that decide weights, other than seeds: what tells recipes apart.
+DECISIVE = {
+    key
+    for section, settings in SECTIONS.items()
+    for f in fields(settings)
+    if f.metadata["decides"] and (key := f"{section}.{f.name}") not in SEEDS
+}
 
 
 @dataclass(frozen=True)
@@ -103,15 +106,14 @@ def _flat(run: Run) -> dict[str, Any]:
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys of which not all recipes have one value, but for seeds, places and the like, in the order of the recipe."""
-    keys = dict.fromkeys(key for own in settings for key in own)
-    told = [key for key in keys if key.partition(".")[0] not in SILENT and key not in NEVER]
-    return [key for key in told if any(own.get(key) != settings[0].get(key) for own in settings)]
+    """Decisive settings of which not all recipes have one value, in the order of the recipe."""
+    keys = [key for key in settings[0] if key in DECISIVE]
+    return [key for key in keys if any(own[key] != settings[0][key] for own in settings)]
 
 
 def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """What each recipe does, and what else differs; numbered where that is not enough."""
-    others = [key for key in differing(settings) if key not in TOLD]
+    others = [key for key in differing(settings) if key not in {*TOLD, "gen.generations"}]
     names = [", ".join([_method(own), *(setting_text(key, own) for key in others)]) for own in settings]
     counts = Counter(names)
     names = [

@@ -40,13 +40,16 @@ def details(groups: Sequence[Group], comparison: Comparison) -> tuple[Words, ...
 
 def _nothing_apart(tested: Sequence[Contrast]) -> str:
     pairs = max(contrast.difference.pairs for contrast in tested if contrast.difference is not None)
-    generation = max(contrast.generation for contrast in tested)
+    generations = {contrast.generation for contrast in tested}
+    where = f"generation {min(generations)}" if len(generations) == 1 else "the last generations"
     if pairs == 1:
-        return f"One seed: whether generation {generation} differs from the baseline's cannot be told from noise."
-    return f"Nothing is told apart: all differences in generation {generation} lie within the noise of {pairs} seeds."
+        return f"One seed: no difference to the baseline in {where} can be told from noise."
+    return f"Nothing is told apart: in {where} all differences lie within the noise of the seeds."
 
 
 def _within(groups: Sequence[Group], own_errors: Sequence[Contrast]) -> Words:
+    if not own_errors and len(groups) > 1:
+        return words(f"{len(groups)} recipes of plain training, beside each other; none is tested against another.")
     if not own_errors:
         best = groups[0].spread("top1_error", groups[0].last)
         text = f"{groups[0].name}, generation {groups[0].last}: {spread_text(best)} % top-1 error"

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from fastgen.report.document import Block, Code, Span, Table, words
-from fastgen.report.groups import NEVER, SILENT, Group, differing, value_text
+from fastgen.report.groups import SEEDS, Group, differing, value_text
 from fastgen.report.runs import Run
 from fastgen.report.stats import DASH
 from fastgen.report.tables import generations_of
@@ -25,11 +25,14 @@ def origin(groups: Sequence[Group]) -> tuple[Block, ...]:
 def _recipes(groups: Sequence[Group]) -> list[Block]:
     """What all recipes have in common, folded, and what not."""
     settings = [group.settings for group in groups]
-    apart = [*differing(settings), *(["gen.generations"] if len({s["gen.generations"] for s in settings}) > 1 else [])]
+    apart = differing(settings)
+    if len({own["gen.generations"] for own in settings}) > 1 and "gen.generations" not in apart:
+        apart.append("gen.generations")
     common: dict[str, dict[str, object]] = {}
     for key, value in settings[0].items():
         section, _, name = key.partition(".")
-        if section not in SILENT and key not in apart and (key not in NEVER or key == "gen.generations"):
+        # Where runs lie, and their seeds, is told by the table of runs.
+        if section != "run" and key not in SEEDS and all(own[key] == value for own in settings):
             common.setdefault(section, {})[name] = value
     text = yaml.safe_dump(common, sort_keys=False, default_flow_style=None, width=100)
     shared = Code("The recipe, resolved" if len(groups) == 1 else "What all recipes share, resolved", text, folded=True)

@@ -64,14 +64,14 @@ def gallery(groups: Sequence[Group], count: int, root: str | None) -> Gallery | 
     try:
         return _gallery(shown, count, root)
     except UserError as error:
-        return Paragraph(words(f"Samples are left out: {error}. Name the folder of the data with --data.root=DIR."))
+        return Paragraph(words(f"Samples are left out: {error}."))
 
 
 def _gallery(shown: Shown, count: int, root: str | None) -> Gallery:
     recipe = _recipe(shown.run, root)
-    dataset = open_dataset(recipe)
+    dataset = _dataset(recipe)
     if dataset.train_hash != shown.run.record.data:
-        raise UserError(f"{recipe.data.root} holds other images than those of the run")
+        raise UserError(f"{recipe.data.root} holds other images than those of the run: name theirs with --data.root")
     positions = drawn(dataset.evaluation.ids, count)
     batch = _batch(recipe, dataset, positions)
     asked = _networks(shown.run)
@@ -85,6 +85,13 @@ def _gallery(shown: Shown, count: int, root: str | None) -> Gallery:
         ),
         samples=tuple(_sample(dataset, batch, n, answers) for n in range(len(positions))),
     )
+
+
+def _dataset(recipe: Recipe) -> Dataset:
+    try:
+        return open_dataset(recipe)
+    except UserError as error:
+        raise UserError(f"{error} (for the report, --data.root=DIR names where the data are)") from None
 
 
 def drawn(ids: Int64, count: int) -> Int64:
@@ -120,7 +127,7 @@ def _batch(recipe: Recipe, dataset: Dataset, positions: Int64) -> Batch:
 def _networks(run: Run) -> list[tuple[str, Node]]:
     """The first one and the last."""
     first, last = run.rows[0], run.rows[-1]
-    asked = [(f"{row['role']}, generation {row['generation']}", row) for row in (first, last)]
+    asked = [(f"{row['role']}, gen {row['generation']}", row) for row in (first, last)]
     return [(name, Node(run.record.folder / f"generation_{row['generation']}")) for name, row in dict(asked).items()]
 
 
