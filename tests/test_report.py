@@ -263,7 +263,7 @@ def test_two_comparisons_ask_for_more_than_one(report_runs, tmp_path):
 
 def test_one_seed_tells_nothing_apart(report_runs, tmp_path):
     document = document_of(with_errors(report_runs, tmp_path / "x", (10.0,), (30.0,)))
-    assert plain(document.headline).startswith("One seed: ")
+    assert plain(document.headline).startswith("One seed alone has generation 1 of both")
     assert "**" not in "".join(span.style for span in document.headline)
     assert "One seed of each recipe: nothing is known of the noise." in missing_lines(document)
 

@@ -122,6 +122,7 @@ class HeatMap:
         values: rows from top to bottom.
         names: of rows and columns alike; empty: they are too many to be named.
         unit: what the values are.
+        breaks: rows and columns that begin a group, told by a line.
         alt: in words, for those who cannot see it.
     """
 
@@ -131,6 +132,7 @@ class HeatMap:
     values: tuple[tuple[float, ...], ...]
     names: tuple[str, ...]
     unit: str
+    breaks: tuple[int, ...]
     alt: str
 
 

@@ -186,6 +186,9 @@ def _draw_heat_map(axis: Axes, panel: HeatMap) -> None:
     pixels = np.empty((*values.shape, 4))
     pixels[..., :3], pixels[..., 3] = to_rgb("#2f81d6"), shares
     axis.imshow(pixels, interpolation="nearest")
+    for place in panel.breaks:
+        axis.axhline(place - 0.5, color=_light("line"), linewidth=0.6)
+        axis.axvline(place - 0.5, color=_light("line"), linewidth=0.6)
     for spine in axis.spines.values():
         spine.set_visible(True)
     if panel.names:

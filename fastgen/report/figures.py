@@ -165,7 +165,10 @@ def confidence_figure(groups: Sequence[Group], images: str) -> Figure | None:
     return Figure(
         name="confidence",
         title="Measured confidence and laws",
-        caption=words(f"Mean probabilities on {images}, and what the laws predict.{_left_out(groups, MOST_RECIPES)}"),
+        caption=words(
+            f"Mean probabilities on {images}, and what the laws predict of networks that fit "
+            f"them.{_left_out(groups, MOST_RECIPES)}"
+        ),
         panels=tuple(panels),
         keys=tuple(Key(name, colour, marker, dash) for _, name, colour, marker, dash in shown if name in told),
     )
@@ -221,7 +224,7 @@ def _second_best(number: int, group: Group, content: Mapping[str, Any]) -> Figur
     maps = [_heat_map(content, found) for found in content["second_best"]]
     named = bool(maps[0].names)
     grouped = content["groups"] is not None and content["second_best"][0]["classes_per_cell"] == 1
-    order = " in the order of the 20 groups, whose classes lie side by side" if grouped else " by number"
+    order = " in the order of their groups, with lines between these" if grouped else " by number"
     return Figure(
         name=f"second-best-{number}",
         title=f"Second-best classes: {group.name}",
@@ -248,6 +251,7 @@ def _heat_map(content: Mapping[str, Any], found: Mapping[str, Any]) -> HeatMap:
         values=tuple(tuple(shares[row][column] for column in order) for row in order),
         names=tuple(names),
         unit="percent of the label's images",
+        breaks=tuple(n for n in range(1, len(order)) if grouped and groups[order[n]] != groups[order[n - 1]]),
         alt=_most_frequent(content, found),
     )
 

@@ -43,7 +43,7 @@ def _nothing_apart(tested: Sequence[Contrast]) -> str:
     generations = {contrast.generation for contrast in tested}
     where = f"generation {min(generations)}" if len(generations) == 1 else "the last generations"
     if pairs == 1:
-        return f"One seed: no difference to the baseline in {where} can be told from noise."
+        return f"One seed alone has {where} of both recipes: no difference can be told from noise."
     return f"Nothing is told apart: in {where} all differences lie within the noise of the seeds."
 
 

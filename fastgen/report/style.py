@@ -149,13 +149,16 @@ footer{color:var(--muted);font-size:.85rem;padding-top:8px;padding-bottom:40px}
  .answers{grid-column:1/-1}
 }
 @media print{
- body{font-size:10pt}
+ html{font-size:10.5pt}
+ body{font-size:1rem}
+ .panels,.panels.two{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px 12px}
+ .samples{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
  main,header,footer{max-width:none;padding:0}
  nav{display:none}
  h2{margin-top:28px;break-after:avoid}
  h3{break-after:avoid}
  .scroll{overflow:visible}
- table{font-size:7.5pt}
+ table{font-size:.74rem}
  th,td{padding:3px 5px}
  th.name{position:static}
  figure,.table,tr,.headline{break-inside:avoid}
