@@ -107,7 +107,8 @@ class Display:
             first = done if first < 0 else first
             seconds = max(time.monotonic() - started, 1e-9)
             rate = (done - first) / seconds
-            text = f"{rate * images:,.0f} {unit}/s"
+            speed = rate * images
+            text = f"{speed:,.{0 if speed >= 10 else 1}f} {unit}/s"
             bar.update(task, completed=done, rate=text)
             if not console.is_terminal and (done == total or time.monotonic() - printed >= PLAIN_SECONDS):
                 printed = time.monotonic()

@@ -272,7 +272,14 @@ def test_without_plain_runs_students_stand_beside_their_patriarch(report_runs):
     document = document_of(report_runs, *names("tolerant"))
     assert "not a comparison with plain training" in plain(document.headline)
     assert any("Give plain runs too" in plain(line) for line in document.details)
-    assert not [table for table in document.tables() if table.name == "differences"]
+    table = next(table for table in document.tables() if table.name == "differences")
+    runs = [rows_of(report_runs / name) for name in names("tolerant")]
+    for row, measure in zip(table.rows, ("top1_error", "ensemble_top1_error"), strict=True):
+        values = [rows[1][measure] - rows[0][measure] for rows in runs]
+        expected = f"{signed(statistics.mean(values))} ± {statistics.stdev(values) / 3**0.5:.2f}"
+        assert [cell.text for cell in row[2:5]] == ["1", expected, "3"]
+        p = scipy_stats.ttest_1samp(values, 0).pvalue
+        assert row[5].text == ("< 0.0001" if p < 1e-4 else f"{p:.2g}")
 
 
 def test_plain_runs_alone_are_compared_with_nothing(report_runs):

@@ -9,8 +9,8 @@ from fastgen.report.document import Span, Words, code, strong, words
 from fastgen.report.groups import Group
 from fastgen.report.stats import difference_text, p_text, spread_text
 
-# Of more recipes the tables tell.
-MOST_DETAILS = 6
+# Of more the tables tell.
+MOST_TOLD, MOST_DETAILS = 3, 8
 
 
 def headline(groups: Sequence[Group], comparison: Comparison) -> Words:
@@ -23,14 +23,13 @@ def headline(groups: Sequence[Group], comparison: Comparison) -> Words:
         return words("Nothing to compare yet: no student stands beside a network of the baseline of its generation.")
     if not apart:
         return words(_nothing_apart(comparison.tested))
-    first, *rest = apart
-    return words(*_told(first), *(part for contrast in rest[:2] for part in ("; ", *_told(contrast))), ".")
+    return words(*_all_told(apart), ".")
 
 
 def details(groups: Sequence[Group], comparison: Comparison) -> tuple[Words, ...]:
     """A line a comparison, and how to read them."""
     tested = comparison.tested
-    shown = [_detail(contrast) for contrast in tested[: 2 * MOST_DETAILS]]
+    shown = [_detail(contrast) for contrast in tested[:MOST_DETAILS]]
     left = (
         [words(f"{len(tested) - len(shown)} more comparisons are in the tables.")] if len(tested) > len(shown) else []
     )
@@ -54,12 +53,21 @@ def _within(groups: Sequence[Group], own_errors: Sequence[Contrast]) -> Words:
         best = groups[0].spread("top1_error", groups[0].last)
         text = f"{groups[0].name}, generation {groups[0].last}: {spread_text(best)} % top-1 error"
         return words(text, "; no other recipe of its kind is given to compare it with.")
-    first = own_errors[0]
     ends = " — not a comparison with plain training, of which no runs are given."
-    if not first.apart:
-        text = f"The students of {first.group.name} are not told apart from their own patriarch"
-        return words(text, ends)
-    return words(*_told(first), ends)
+    apart = [contrast for contrast in own_errors if contrast.apart]
+    if apart:
+        return words(*_all_told(apart), ends)
+    if len(own_errors) == 1:
+        return words(f"The students of {own_errors[0].group.name} are not told apart from their own patriarch", ends)
+    return words(f"Of {len(own_errors)} recipes, none's students are told apart from their own patriarch", ends)
+
+
+def _all_told(apart: Sequence[Contrast]) -> list[str | Span]:
+    """A few of them, one after the other."""
+    parts: list[str | Span] = []
+    for contrast in apart[:MOST_TOLD]:
+        parts += ["; ", *_told(contrast)] if parts else _told(contrast)
+    return [*parts, f"; and {len(apart) - MOST_TOLD} more"] if len(apart) > MOST_TOLD else parts
 
 
 def _told(contrast: Contrast) -> tuple[str | Span, ...]:
@@ -71,7 +79,7 @@ def _told(contrast: Contrast) -> tuple[str | Span, ...]:
     whose = "of 0 to " if contrast.measure.startswith("ensemble") else ""
     what = "The ensemble" if whose else "Generation"
     where = f"{what} {whose}{contrast.generation} of {contrast.group.name} makes "
-    return where, strong(f"{less} errors than {_other(contrast)}: {difference_text(difference)} points"), ""
+    return where, strong(f"{less} errors than {_other(contrast)}: {difference_text(difference)} points")
 
 
 def _other(contrast: Contrast) -> str:

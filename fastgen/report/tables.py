@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from fastgen.report.compare import Comparison
+from fastgen.report.compare import Comparison, Contrast
 from fastgen.report.document import Span, Table, strong, words
 from fastgen.report.groups import Group
 from fastgen.report.runs import Row
-from fastgen.report.stats import DASH, difference_text, spread_of, spread_text
+from fastgen.report.stats import DASH, difference_text, p_text, spread_of, spread_text
 
 TOP1 = {"top1_error": "single", "ensemble_top1_error": "ensemble"}
 TOP5 = {"top5_error": "single", "ensemble_top5_error": "ensemble"}
@@ -73,7 +73,9 @@ def _seeds(group: Group) -> str:
 
 
 def difference_table(groups: Sequence[Group], comparison: Comparison) -> list[Table]:
-    """Recipes minus their baselines, in points; none where there is no baseline."""
+    """Recipes minus their baselines, in points; without those students minus patriarchs, if there are students."""
+    if comparison.within:
+        return [_within(comparison)] if comparison.contrasts else []
     compared = [group for group in groups if group.name in comparison.baseline_of]
     if not compared:
         return []
@@ -111,6 +113,31 @@ def difference_table(groups: Sequence[Group], comparison: Comparison) -> list[Ta
             in_paper=True,
         )
     ]
+
+
+def _within(comparison: Comparison) -> Table:
+    """Of each recipe, its last generation minus its first one."""
+
+    def row(contrast: Contrast) -> tuple[Span, ...]:
+        difference = contrast.difference
+        text = difference_text(difference)
+        pairs, p = ("0", None) if difference is None else (str(difference.pairs), difference.p)
+        named = (contrast.group.name, COMPARED[contrast.measure], str(contrast.generation))
+        told = strong(text) if contrast.apart else Span(text)
+        return (*map(Span, named), told, Span(pairs), Span(p_text(p).removeprefix("p = ").removeprefix("p ")))
+
+    return Table(
+        name="differences",
+        caption=words(
+            "Last generation minus the patriarch of the same run, in points: mean ± standard error over seeds. "
+            "Negative: fewer errors. Bold: told apart."
+        ),
+        headings=("recipe", "error", "generation", "minus patriarch", "seeds", "p"),
+        rows=tuple(row(contrast) for contrast in comparison.contrasts),
+        text_columns=2,
+        merged_columns=1,
+        in_paper=True,
+    )
 
 
 def _by_generation(
