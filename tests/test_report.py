@@ -113,17 +113,21 @@ def test_recipes_are_named_by_what_differs(report_runs, tmp_path):
         (PLAIN, "plain", 3),
         (TOLERANT, "other", 3),
     ]
-    here = copied(report_runs, tmp_path / "x", "tolerant_0", "plain_0", "plain_1")
+    here = copied(report_runs, tmp_path / "x", "tolerant_0", "tolerant_1", "plain_0", "plain_1")
     for name in ("tolerant_0", "plain_1"):
         recipe = here / name / "recipe.yaml"
         recipe.write_text(recipe.read_text().replace("lr: 0.1\n", "lr: 0.05\n"))
     recipe = here / "plain_1" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("teacher_weight: 0.0", "teacher_weight: 0.5"))
+    recipe = here / "tolerant_1" / "recipe.yaml"
+    text = recipe.read_text().replace("only: null", "only: 1").replace("  teacher: null", "  teacher: some/where/abc")
+    recipe.write_text(text)
     found = {group.name: group.kind for group in groups_of(read_runs([here]).runs)}
     assert found == {
         "plain D(1.0, 0.0), lr=0.1": "plain",
         "born-again D(1.0, 0.5), lr=0.05": "born-again",
         "tolerant D(0.6, 0.6), lr=0.05": "other",
+        "tolerant D(0.6, 0.6), lr=0.1, only=1, teacher=abc": "other",
     }
 
 

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import PurePath
 from typing import Any, Literal
 
 from fastgen.analysis_runs import by_recipe
@@ -114,7 +115,9 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """What each recipe does, and what else differs; numbered where that is not enough."""
     others = [key for key in differing(settings) if key not in {*TOLD, "gen.generations"}]
-    names = [", ".join([_method(own), *(setting_text(key, own) for key in others)]) for own in settings]
+    # What is null is not set: it goes without saying.
+    told = [[setting_text(key, own[key]) for key in others if own[key] is not None] for own in settings]
+    names = [", ".join([_method(own), *texts]) for own, texts in zip(settings, told, strict=True)]
     counts = Counter(names)
     names = [
         f"{name}, generations={own['gen.generations']}" if counts[name] > 1 else name
@@ -123,9 +126,10 @@ def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{name} ({names[: n + 1].count(name)})" if names.count(name) > 1 else name for n, name in enumerate(names)]
 
 
-def setting_text(key: str, settings: Mapping[str, Any]) -> str:
-    """`epochs=60`."""
-    return f"{key.partition('.')[2]}={value_text(settings.get(key))}"
+def setting_text(key: str, value: Any) -> str:
+    """`epochs=60`; of a teacher's path its end."""
+    text = PurePath(value).name if key == "gen.teacher" else value_text(value)
+    return f"{key.partition('.')[2]}={text}"
 
 
 def value_text(value: Any) -> str:
