@@ -10,7 +10,7 @@ from fastgen.report.groups import Group
 from fastgen.report.stats import difference_text, p_text, spread_text
 
 # Of more the tables tell.
-MOST_TOLD, MOST_DETAILS = 3, 8
+MOST_TOLD, MOST_DETAILS = 3, 6
 
 
 def headline(groups: Sequence[Group], comparison: Comparison) -> Words:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -91,15 +92,16 @@ def _words(text: Words) -> str:
 
 
 def _span(span: Span) -> str:
+    if span.style == "code":
+        # A line may end between words, and not after the hyphens of an option.
+        return "<code>" + " ".join(f"<span>{word}</span>" for word in escape(span.text).split(" ")) + "</code>"
     text = escape(_held(span.text))
-    return {"plain": text, "strong": f"<strong>{text}</strong>", "code": f"<code>{text}</code>"}[span.style]
+    return f"<strong>{text}</strong>" if span.style == "strong" else text
 
 
 def _held(text: str) -> str:
-    """With spaces at which no line ends: a number keeps its sign, unit and deviation."""
-    for apart in (" ± ", " %", "p = ", "p < "):
-        text = text.replace(apart, apart.replace(" ", "\N{NO-BREAK SPACE}"))
-    return text
+    """With spaces at which no line ends: a number keeps its deviation and unit, a method its numbers."""
+    return re.sub(r" ± | %|\bp [=<] |\bD\([^)]*\)", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
 
 
 def _code(block: Code) -> str:

@@ -134,6 +134,7 @@ figcaption{color:var(--muted);font-size:.88rem;line-height:1.5;max-width:84ch;ma
 pre{background:var(--raised);border:1px solid var(--line);border-radius:8px;padding:12px 14px;overflow-x:auto;
  font-size:.82rem;line-height:1.5;margin:0 0 14px}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
+code span{display:inline-block;max-width:100%}
 p code,li code{font-size:.88em;background:var(--raised);border-radius:4px;padding:1px 4px}
 summary{cursor:pointer;font-weight:600;margin:0 0 8px}
 footer{color:var(--muted);font-size:.85rem;padding-top:8px;padding-bottom:40px}
