@@ -249,7 +249,7 @@ def test_a_difference_within_noise_is_not_told_apart(report_runs, tmp_path):
     # t = -0.6 / (0.36 / sqrt 3) = -2.9, p = 0.10.
     document = document_of(with_errors(report_runs, tmp_path / "x", (29.0, 29.8, 29.7), (30.0, 30.1, 30.2)))
     assert plain(document.headline) == (
-        "Nothing is told apart: in generation 1 all differences lie within the noise of the seeds."
+        "Nothing is told apart: in generation 1 no difference stands out from the noise of the seeds."
     )
     spans = [cell for table in document.tables() for row in table.rows for cell in row]
     assert not [span for span in (*spans, *itertools.chain(*document.details)) if span.style == "strong"]
@@ -274,7 +274,7 @@ def test_one_seed_tells_nothing_apart(report_runs, tmp_path):
 
 def test_without_plain_runs_students_stand_beside_their_patriarch(report_runs):
     document = document_of(report_runs, *names("tolerant"))
-    assert "not a comparison with plain training" in plain(document.headline)
+    assert "not beside plain networks of that generation" in plain(document.headline)
     assert any("Give plain runs too" in plain(line) for line in document.details)
     table = next(table for table in document.tables() if table.name == "differences")
     runs = [rows_of(report_runs / name) for name in names("tolerant")]
@@ -288,7 +288,8 @@ def test_without_plain_runs_students_stand_beside_their_patriarch(report_runs):
 
 def test_plain_runs_alone_are_compared_with_nothing(report_runs):
     document = document_of(report_runs, *names("plain"))
-    assert "no other recipe" in plain(document.headline)
+    assert plain(document.headline).endswith("; nothing is given to compare it with.")
+    assert not any("Give plain runs too" in plain(line) for line in document.details)
 
 
 def test_the_last_generation_that_both_have_is_compared(report_runs, tmp_path):

@@ -30,9 +30,8 @@ def details(groups: Sequence[Group], comparison: Comparison) -> tuple[Words, ...
     """A line a comparison, and how to read them."""
     tested = comparison.tested
     shown = [_detail(contrast) for contrast in tested[:MOST_DETAILS]]
-    left = (
-        [words(f"{len(tested) - len(shown)} more comparisons are in the tables.")] if len(tested) > len(shown) else []
-    )
+    more = len(tested) - len(shown)
+    left = [words(f"{more} more comparisons are in the tables.")] if more else []
     alone = [] if tested else [_alone(group) for group in groups[:MOST_DETAILS]]
     return (*alone, *shown, *left, *_cautions(groups, comparison))
 
@@ -43,7 +42,7 @@ def _nothing_apart(tested: Sequence[Contrast]) -> str:
     where = f"generation {min(generations)}" if len(generations) == 1 else "the last generations"
     if pairs == 1:
         return f"One seed alone has {where} of both recipes: no difference can be told from noise."
-    return f"Nothing is told apart: in {where} all differences lie within the noise of the seeds."
+    return f"Nothing is told apart: in {where} no difference stands out from the noise of the seeds."
 
 
 def _within(groups: Sequence[Group], own_errors: Sequence[Contrast]) -> Words:
@@ -52,8 +51,8 @@ def _within(groups: Sequence[Group], own_errors: Sequence[Contrast]) -> Words:
     if not own_errors:
         best = groups[0].spread("top1_error", groups[0].last)
         text = f"{groups[0].name}, generation {groups[0].last}: {spread_text(best)} % top-1 error"
-        return words(text, "; no other recipe of its kind is given to compare it with.")
-    ends = " — not a comparison with plain training, of which no runs are given."
+        return words(text, "; nothing is given to compare it with.")
+    ends = " — not beside plain networks of that generation, of which no runs are given."
     apart = [contrast for contrast in own_errors if contrast.apart]
     if apart:
         return words(*_all_told(apart), ends)
@@ -124,16 +123,16 @@ def _cautions(groups: Sequence[Group], comparison: Comparison) -> list[Words]:
                 "not of other images."
             )
         )
-    if comparison.within:
+    if comparison.within and any(contrast.group.kind == "other" for contrast in comparison.contrasts):
         lines.append(
             words(
-                "A patriarch that is made tolerant errs more for it, so its students' gain over it is not a gain over "
-                "plain training. Give plain runs too: ",
+                "A patriarch that is made to keep other classes in mind may err more for it: its students' gain over "
+                "it is no gain over plain training. Give plain runs too: ",
                 code("--gen.patriarch=cross_entropy --gen.confidence=1.0 --gen.teacher_weight=0.0"),
                 ".",
             )
         )
-    for group in groups:
+    for group in groups[:MOST_DETAILS]:
         baseline = comparison.baseline_of.get(group.name)
         others = [] if baseline is None else other_settings(group, baseline)
         if baseline is not None and others:
