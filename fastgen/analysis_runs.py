@@ -24,6 +24,11 @@ ANALYSIS_FILE = "analysis.json"
 # Of a row of results.json; the rest of a row is made here.
 TOLD = ("top1_error", "ensemble_top1_error", "nll", "ece", "mean_confidence", "mean_label_confidence", "topk_share")
 TIMES = ("seconds_alone", "seconds_together")
+# Without these, results.json is damaged.
+ABOUT_RUN = ("dataset", "model", "evaluated_on", "train_images")
+ABOUT_NETWORK = (
+    "generation", "role", "node", "top1_error", "top5_error", "samples_evaluated", "train_seconds", "wall_seconds",
+)  # fmt: skip
 LAST_MEMBERS = "last_members_top1_error"
 
 
@@ -70,11 +75,20 @@ def read_run(folder: Path) -> RunRecord:
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder}: no generation is measured yet (it has no results.json): train it first")
     results = read_json(folder / "results.json")
+    _require_whole(folder / "results.json", results)
     plan = _read_list(folder / "plan.json")
     recipe = load_text((folder / "recipe.yaml").read_text(), str(folder / "recipe.yaml"))
     device = read_json(folder / "environment.json")["device"]
     data = plan[0]["identity"]["data"]["hash"]
     return RunRecord(folder, recipe.as_dict(), _key(recipe.identity()), results, data, device)
+
+
+def _require_whole(path: Path, results: Mapping[str, Any]) -> None:
+    """A file may be JSON and yet hold no results."""
+    rows = results.get("generations")
+    named = all(name in results for name in ABOUT_RUN) and isinstance(rows, list) and len(rows) > 0
+    if not named or any(name not in row for row in results["generations"] for name in ABOUT_NETWORK):
+        raise UserError(f"{path}: is damaged (no whole results): start the run's own command again")
 
 
 def _read_list(path: Path) -> list[Any]:
@@ -99,8 +113,13 @@ def _key(identity: Mapping[str, Mapping[str, Any]]) -> str:
     return hash_of(kept)
 
 
-def require_comparable(first: RunRecord, others: Sequence[RunRecord]) -> None:
+def require_comparable(first: RunRecord, others: Sequence[RunRecord], option: str = "--against ") -> None:
     """Errors are compared on the same images alone, of networks that learned from the same data set.
+
+    Args:
+        first: what the others are compared with.
+        others: runs.
+        option: by which the others were given, for the line that refuses one.
 
     Raises:
         UserError: a run was measured on others, or is named twice.
@@ -108,16 +127,16 @@ def require_comparable(first: RunRecord, others: Sequence[RunRecord]) -> None:
     seen = {first.folder.resolve()}
     for other in others:
         if other.folder.resolve() in seen:
-            raise UserError(f"--against {other.folder}: this run is named twice: keep one")
+            raise UserError(f"{option}{other.folder}: this run is named twice: keep one")
         seen.add(other.folder.resolve())
         if other.evaluation != first.evaluation:
             raise UserError(
-                f"--against {other.folder}: was measured on {_told(other)}, {first.folder} on {_told(first)}: "
+                f"{option}{other.folder}: was measured on {_told(other)}, {first.folder} on {_told(first)}: "
                 "name runs of the same data, holdout and val_limit"
             )
         if other.data != first.data:
             raise UserError(
-                f"--against {other.folder}: its training images are not those of {first.folder} (another hash): "
+                f"{option}{other.folder}: its training images are not those of {first.folder} (another hash): "
                 "name runs of the same data"
             )
 
@@ -164,13 +183,18 @@ def describes(content: Mapping[str, Any], run: RunRecord) -> bool:
     return on == run.evaluation and nodes == [row["node"] for row in run.results["generations"]]
 
 
-def names_of(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
-    """Runs by recipe, seeds aside, in order; each recipe under a name of its own, taken from its folders' names."""
+def by_recipe(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Runs of one recipe together, seeds aside, in the order in which they come."""
     by_key: dict[str, list[RunRecord]] = {}
     for run in runs:
         by_key.setdefault(run.key, []).append(run)
+    return list(by_key.values())
+
+
+def names_of(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
+    """Runs by recipe, seeds aside, in order; each recipe under a name of its own, taken from its folders' names."""
     named: list[tuple[str, list[RunRecord]]] = []
-    for group in by_key.values():
+    for group in by_recipe(runs):
         name = _common_begin([run.name for run in group]).rstrip("-_. ") or group[0].name
         taken = {other for other, _ in named}
         # Another recipe may have had the very name: the folder's whole path tells them apart.

@@ -20,6 +20,7 @@ CROP_STREAM = 1
 HOLDOUT_STREAM = 2
 FLIP_STREAM = 3
 JITTER_STREAM = 4
+SAMPLE_STREAM = 5  # samples that a report shows
 TRY_STREAM = 16  # and the following, one for each try
 
 CHUNK = 1 << 14

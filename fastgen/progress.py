@@ -89,7 +89,7 @@ class Display:
             self._live = None
 
     @contextmanager
-    def passes(self, what: str, total: int, images: int) -> Iterator[Callable[[int], None]]:
+    def passes(self, what: str, total: int, images: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
         """Shows work of `total` passes over so many images each; yields what is told how many are done.
 
         The first number that it is told is where this session begins.
@@ -107,7 +107,8 @@ class Display:
             first = done if first < 0 else first
             seconds = max(time.monotonic() - started, 1e-9)
             rate = (done - first) / seconds
-            text = f"{rate * images:,.0f} images/s"
+            speed = rate * images
+            text = f"{speed:,.{0 if speed >= 10 else 1}f} {unit}/s"
             bar.update(task, completed=done, rate=text)
             if not console.is_terminal and (done == total or time.monotonic() - printed >= PLAIN_SECONDS):
                 printed = time.monotonic()

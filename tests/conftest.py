@@ -122,3 +122,21 @@ def cifar100_root():
     if not folder:
         pytest.skip("FASTGEN_CIFAR100 does not name the folder of the official CIFAR-100 files")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def report_runs(tmp_path_factory):
+    """Folder of the small runs that reports are made of; not to be changed."""
+    from report_runs import train_runs
+
+    return train_runs(tmp_path_factory.mktemp("report_runs"))
+
+
+@pytest.fixture(scope="session")
+def written_report(report_runs, tmp_path_factory):
+    """Folder of a report of all small runs; not to be changed."""
+    from fastgen.report.__main__ import main
+
+    folder = tmp_path_factory.mktemp("written_report")
+    main([str(report_runs), "--to", str(folder)])
+    return folder

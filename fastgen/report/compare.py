@@ -1,0 +1,132 @@
+"""Recipes beside plain training, generation by generation, paired by seed; and which differences are beyond noise.
+
+What is tested is fixed before the results are seen: of each recipe its last generation that the baseline has too, its
+own top-1 error and that of the ensemble; a paired t-test each, and Holm's procedure over all of them. Plain networks
+get better with the generation too, as an ensemble, and by luck: so generation g is compared with generation g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fastgen.probe import told_apart
+from fastgen.report.groups import TOLD, Group, differing
+from fastgen.report.stats import Difference, difference_of
+
+TESTED = ("top1_error", "ensemble_top1_error")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A recipe beside another, or beside its own patriarch.
+
+    Attributes:
+        group, baseline: of both; the same where it is its own patriarch.
+        generation, baseline_generation: of both.
+        measure: of results.json.
+        difference: group minus baseline, in points of a percentage; None: no seed has both.
+        same_networks: whether both are the same nodes.
+        tested: whether it is one of those that are tested.
+        apart: whether it is told apart from noise.
+    """
+
+    group: Group
+    baseline: Group
+    generation: int
+    baseline_generation: int
+    measure: str
+    difference: Difference | None
+    same_networks: bool
+    tested: bool = False
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All contrasts of a report.
+
+    Attributes:
+        baseline_of: name of each recipe that is compared -> what it is compared with.
+        contrasts: of recipes beside their baselines; where no recipe has one, of students beside their patriarchs.
+        within: whether it is the latter.
+    """
+
+    baseline_of: dict[str, Group]
+    contrasts: tuple[Contrast, ...]
+    within: bool
+
+    def find(self, group: Group, generation: int, measure: str) -> Contrast | None:
+        """The contrast of one cell of a table."""
+        wanted = group.name, generation, measure
+        return next((c for c in self.contrasts if (c.group.name, c.generation, c.measure) == wanted), None)
+
+    @property
+    def tested(self) -> list[Contrast]:
+        """Those that the headline may speak of."""
+        return [contrast for contrast in self.contrasts if contrast.tested]
+
+
+def compare(groups: Sequence[Group], measures: Sequence[str]) -> Comparison:
+    """Compares all recipes with plain ones, where there are none with born-again ones, else with their patriarchs."""
+    baselines = [g for g in groups if g.kind == "plain"] or [g for g in groups if g.kind == "born-again"]
+    names = {baseline.name for baseline in baselines}
+    compared = [group for group in groups if group.name not in names]
+    if not baselines or not compared:
+        contrasts = [contrast for group in groups for contrast in _beside_patriarch(group)]
+        return Comparison({}, tuple(_tested(contrasts)), within=True)
+    baseline_of = {group.name: _nearest(group, baselines) for group in compared}
+    contrasts = [
+        contrast
+        for group in compared
+        for measure in measures
+        for contrast in _beside(group, baseline_of[group.name], measure)
+    ]
+    return Comparison(baseline_of, tuple(_tested(contrasts)), within=False)
+
+
+def _nearest(group: Group, baselines: Sequence[Group]) -> Group:
+    """The one that differs in the fewest settings other than the method."""
+    return min(baselines, key=lambda baseline: len(other_settings(group, baseline)))
+
+
+def other_settings(group: Group, baseline: Group) -> list[str]:
+    """Settings beside the method in which two recipes differ."""
+    return [key for key in differing([group.settings, baseline.settings]) if key not in {*TOLD, "gen.generations"}]
+
+
+def _beside(group: Group, baseline: Group, measure: str) -> list[Contrast]:
+    common = [generation for generation in group.generations if generation in baseline.generations]
+    # Patriarchs are beside each other in the table; they are no result of students.
+    tested = common[-1] if common and (common[-1] > 0 or group.last == 0) else None
+    return [_contrast(group, g, baseline, g, measure, tested=g == tested) for g in common]
+
+
+def _beside_patriarch(group: Group) -> list[Contrast]:
+    if len(group.generations) < 2 or group.kind == "plain":
+        return []
+    first, last = group.generations[0], group.last
+    return [_contrast(group, last, group, first, measure, tested=True) for measure in TESTED]
+
+
+def _contrast(
+    group: Group, generation: int, baseline: Group, baseline_generation: int, measure: str, *, tested: bool
+) -> Contrast:
+    difference = difference_of(group.values(measure, generation), baseline.values(measure, baseline_generation))
+    first = 0 if measure.startswith("ensemble") else generation
+    same = group is not baseline and all(_same_nodes(group, baseline, g) for g in range(first, generation + 1))
+    tested = tested and measure in TESTED and difference is not None
+    return Contrast(group, baseline, generation, baseline_generation, measure, difference, same, tested)
+
+
+def _same_nodes(group: Group, baseline: Group, generation: int) -> bool:
+    own, other = group.nodes(generation), baseline.nodes(generation)
+    return all(own[seed] == other[seed] for seed in own if seed in other)
+
+
+def _tested(contrasts: Sequence[Contrast]) -> list[Contrast]:
+    """Marks those that are beyond noise. What has no p, as of a single pair, counts as a test that was not passed."""
+    tested = [contrast for contrast in contrasts if contrast.tested]
+    p_values = [1.0 if (d := c.difference) is None or d.p is None else d.p for c in tested]
+    apart = {id(contrast): found for contrast, found in zip(tested, told_apart(p_values), strict=True)}
+    return [replace(contrast, apart=apart.get(id(contrast), False)) for contrast in contrasts]

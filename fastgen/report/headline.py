@@ -1,0 +1,141 @@
+"""What came out, in a sentence that is no more certain than the results are, and the figures behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastgen.report.compare import Comparison, Contrast, other_settings
+from fastgen.report.document import Span, Words, code, strong, words
+from fastgen.report.groups import Group
+from fastgen.report.stats import difference_text, p_text, spread_text
+
+# Of more the tables tell.
+MOST_TOLD, MOST_DETAILS = 3, 6
+
+
+def headline(groups: Sequence[Group], comparison: Comparison) -> Words:
+    """The sentence."""
+    own_errors = [c for c in comparison.tested if c.measure == "top1_error"]
+    apart = [contrast for contrast in comparison.tested if contrast.apart]
+    if comparison.within:
+        return _within(groups, own_errors)
+    if not comparison.tested:
+        return words("Nothing to compare yet: no student stands beside a network of the baseline of its generation.")
+    if not apart:
+        return words(_nothing_apart(comparison.tested))
+    return words(*_all_told(apart), ".")
+
+
+def details(groups: Sequence[Group], comparison: Comparison) -> tuple[Words, ...]:
+    """A line a comparison, and how to read them."""
+    tested = comparison.tested
+    shown = [_detail(contrast) for contrast in tested[:MOST_DETAILS]]
+    more = len(tested) - len(shown)
+    left = [words(f"{more} more comparisons are in the tables.")] if more else []
+    alone = [] if tested else [_alone(group) for group in groups[:MOST_DETAILS]]
+    return (*alone, *shown, *left, *_cautions(groups, comparison))
+
+
+def _nothing_apart(tested: Sequence[Contrast]) -> str:
+    pairs = max(contrast.difference.pairs for contrast in tested if contrast.difference is not None)
+    generations = {contrast.generation for contrast in tested}
+    where = f"generation {min(generations)}" if len(generations) == 1 else "the last generations"
+    if pairs == 1:
+        return f"One seed alone has {where} of both recipes: no difference can be told from noise."
+    return f"Nothing is told apart: in {where} no difference stands out from the noise of the seeds."
+
+
+def _within(groups: Sequence[Group], own_errors: Sequence[Contrast]) -> Words:
+    if not own_errors and len(groups) > 1:
+        return words(f"{len(groups)} recipes of plain training, beside each other; none is tested against another.")
+    if not own_errors:
+        best = groups[0].spread("top1_error", groups[0].last)
+        text = f"{groups[0].name}, generation {groups[0].last}: {spread_text(best)} % top-1 error"
+        return words(text, "; nothing is given to compare it with.")
+    ends = " — not beside plain networks of that generation, of which no runs are given."
+    apart = [contrast for contrast in own_errors if contrast.apart]
+    if apart:
+        return words(*_all_told(apart), ends)
+    if len(own_errors) == 1:
+        return words(f"The students of {own_errors[0].group.name} are not told apart from their own patriarch", ends)
+    return words(f"Of {len(own_errors)} recipes, none's students are told apart from their own patriarch", ends)
+
+
+def _all_told(apart: Sequence[Contrast]) -> list[str | Span]:
+    """A few of them, one after the other."""
+    parts: list[str | Span] = []
+    for contrast in apart[:MOST_TOLD]:
+        parts += ["; ", *_told(contrast)] if parts else _told(contrast)
+    return [*parts, f"; and {len(apart) - MOST_TOLD} more"] if len(apart) > MOST_TOLD else parts
+
+
+def _told(contrast: Contrast) -> tuple[str | Span, ...]:
+    """Of one that is beyond noise."""
+    difference = contrast.difference
+    if difference is None:
+        raise ValueError("a contrast without a difference is not told apart")
+    less = "fewer" if difference.mean < 0 else "more"
+    whose = "of 0 to " if contrast.measure.startswith("ensemble") else ""
+    what = "The ensemble" if whose else "Generation"
+    where = f"{what} {whose}{contrast.generation} of {contrast.group.name} makes "
+    return where, strong(f"{less} errors than {_other(contrast)}: {difference_text(difference)} points")
+
+
+def _other(contrast: Contrast) -> str:
+    return "its patriarch" if contrast.group is contrast.baseline else contrast.baseline.name
+
+
+def _detail(contrast: Contrast) -> Words:
+    ensemble = contrast.measure.startswith("ensemble")
+    what = f"ensemble of generations 0 to {contrast.generation}" if ensemble else f"generation {contrast.generation}"
+    own = spread_text(contrast.group.spread(contrast.measure, contrast.generation))
+    other = spread_text(contrast.baseline.spread(contrast.measure, contrast.baseline_generation))
+    beside = (
+        f"its patriarch {other} %" if contrast.group is contrast.baseline else f"{contrast.baseline.name} {other} %"
+    )
+    difference = contrast.difference
+    pairs = 0 if difference is None else difference.pairs
+    text = f"{difference_text(difference)} points"
+    told = strong(text) if contrast.apart else text
+    p = None if difference is None else difference.p
+    ends = f" over {pairs} pair{'s' if pairs != 1 else ''} ({p_text(p)}, {'' if contrast.apart else 'not '}told apart)."
+    return words(f"{contrast.group.name}, {what}: {own} % top-1 error, {beside}: ", told, ends)
+
+
+def _alone(group: Group) -> Words:
+    seeds = len(group.runs)
+    return words(
+        f"{group.name}, generation {group.last}: {spread_text(group.spread('top1_error', group.last))} % top-1 error, "
+        f"ensemble {spread_text(group.spread('ensemble_top1_error', group.last))} % "
+        f"({seeds} seed{'s' if seeds != 1 else ''})."
+    )
+
+
+def _cautions(groups: Sequence[Group], comparison: Comparison) -> list[Words]:
+    lines = []
+    if comparison.tested:
+        count = len(comparison.tested)
+        lines.append(
+            words(
+                "± beside a mean is the standard deviation over seeds (n − 1), beside a difference its standard error "
+                f"over pairs of one seed. Told apart: paired t-test, Holm's procedure over {count} comparison"
+                f"{'s' if count != 1 else ''} chosen beforehand, 5 %. It speaks of other seeds on these very images, "
+                "not of other images."
+            )
+        )
+    if comparison.within and any(contrast.group.kind == "other" for contrast in comparison.contrasts):
+        lines.append(
+            words(
+                "A patriarch that is made to keep other classes in mind may err more for it: its students' gain over "
+                "it is no gain over plain training. Give plain runs too: ",
+                code("--gen.patriarch=cross_entropy --gen.confidence=1.0 --gen.teacher_weight=0.0"),
+                ".",
+            )
+        )
+    for group in groups[:MOST_DETAILS]:
+        baseline = comparison.baseline_of.get(group.name)
+        others = [] if baseline is None else other_settings(group, baseline)
+        if baseline is not None and others:
+            named = ", ".join(others)
+            lines.append(words(f"{group.name} and {baseline.name} differ in more than the method: {named}."))
+    return lines

@@ -1,0 +1,89 @@
+"""What a reader must know that the results do not show: what is unfinished, lacking, or not comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastgen.report.compare import Comparison
+from fastgen.report.document import Listing, Words, code, words
+from fastgen.report.figures import MOST_RECIPES, analysed
+from fastgen.report.groups import Group
+
+
+def missing(groups: Sequence[Group], comparison: Comparison, notes: Sequence[str]) -> tuple[Listing, ...]:
+    """As points; none where nothing is missing."""
+    items = [
+        *(words(note, ".") for note in notes),
+        *_unfinished(groups),
+        *_seeds(groups),
+        *_generations(groups, comparison),
+        *_unknown(groups),
+        *_not_analysed(groups),
+        *_machines(groups),
+    ]
+    return (Listing(tuple(items)),) if items else ()
+
+
+def _unfinished(groups: Sequence[Group]) -> list[Words]:
+    runs = [run for group in groups for run in group.runs if run.lacking]
+    return [words(f"{run.record.name}: {run.lacking}.") for run in runs]
+
+
+def _seeds(groups: Sequence[Group]) -> list[Words]:
+    most = max(len(group.runs) for group in groups)
+    lines = [words(f"{group.name}: {len(group.runs)} of {most} seeds.") for group in groups if len(group.runs) < most]
+    if most == 1:
+        lines.append(words("One seed of each recipe: nothing is known of the noise."))
+    return lines
+
+
+def _generations(groups: Sequence[Group], comparison: Comparison) -> list[Words]:
+    lines = []
+    for group in groups:
+        if group.generations[0] != 0:
+            text = f"{group.name}: generations before {group.generations[0]} are another run's, and not told here."
+            lines.append(words(text))
+        baseline = comparison.baseline_of.get(group.name)
+        if baseline is not None and baseline.last < group.last:
+            text = (
+                f"{baseline.name} ends with generation {baseline.last}: of {group.name}, later ones have no baseline."
+            )
+            lines.append(words(text))
+    return lines
+
+
+def _unknown(groups: Sequence[Group]) -> list[Words]:
+    lines = []
+    for group in groups:
+        if group.spread("ensemble_top1_error", group.last) is None:
+            lines.append(words(f"{group.name}: no ensembles, as networks before the last one are not there."))
+        if group.settings["data.backend"] == "synthetic":
+            lines.append(words(f"{group.name}: learned from random images: its errors mean nothing."))
+    return lines
+
+
+def _not_analysed(groups: Sequence[Group]) -> list[Words]:
+    lacking = [group for group in groups[:MOST_RECIPES] if analysed(group) is None]
+    if not lacking:
+        return []
+    which = "no run is" if len(lacking) == len(groups) else f"{', '.join(group.name for group in lacking)} not"
+    folder = lacking[0].runs[0].record.folder
+    return [
+        words(
+            f"Scores, second-best classes and reliability: {which} analysed. ",
+            code(f"python -m fastgen.evaluate {folder} --analyse"),
+            " makes them.",
+        )
+    ]
+
+
+def _machines(groups: Sequence[Group]) -> list[Words]:
+    runs = [run for group in groups for run in group.runs]
+    devices = sorted({run.record.device for run in runs})
+    commits = sorted({str(run.environment.get("commit")) for run in runs})
+    lines = []
+    if len(devices) > 1:
+        lines.append(words(f"Trained on {' and '.join(devices)}: seconds and images/s are not comparable."))
+    if len(commits) > 1:
+        lines.append(words(f"Trained by {len(commits)} different versions of fastgen: see where this comes from."))
+    return lines

@@ -1,0 +1,151 @@
+"""What run folders tell: results, analyses, curves, environment, and what of a run is unfinished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgen.analysis_runs import RunRecord, read_analysis, read_run, require_comparable
+from fastgen.errors import UserError
+from fastgen.nodes import Node, read_json
+from fastgen.record import read_events
+
+Row = Mapping[str, Any]
+Seed = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of which at least one generation is measured.
+
+    Attributes:
+        record: recipe and results.
+        analysis: content of analysis.json; None: there is none of these very networks.
+        environment: content of environment.json.
+        histories: generation -> a row an epoch: `epoch`, `loss`, `accuracy` while training, and errors where evaluated.
+        lacking: what of its plan is not measured, and why; empty: nothing.
+    """
+
+    record: RunRecord
+    analysis: Mapping[str, Any] | None
+    environment: Mapping[str, Any]
+    histories: Mapping[int, Sequence[Row]]
+    lacking: str
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """A row a measured generation, of results.json."""
+        rows: Sequence[Row] = self.record.results["generations"]
+        return rows
+
+    @property
+    def seed(self) -> Seed:
+        """Of the initial weights, and of the views."""
+        recipe = self.record.recipe
+        return recipe["run"]["init_seed"], recipe["data"]["seed"]
+
+    @property
+    def seed_name(self) -> str:
+        """For people."""
+        init, data = self.seed
+        return str(init) if init == data else f"{init}, data {data}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Run folders that were named.
+
+    Attributes:
+        runs: that can be compared; at least one.
+        notes: of those that are left out.
+    """
+
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...]
+
+
+def read_runs(places: Sequence[Path]) -> Found:
+    """Reads run folders, and folders of run folders.
+
+    Raises:
+        UserError: a place is neither, a file is damaged, nothing is measured, or errors are of different images.
+    """
+    folders = [folder for place in places for folder in _run_folders(place)]
+    measured = [folder for folder in folders if (folder / "results.json").is_file()]
+    if not measured:
+        raise UserError(f"{folders[0]}: no generation is measured yet (it has no results.json): train it first")
+    runs = tuple(_read(folder) for folder in measured)
+    require_comparable(runs[0].record, [run.record for run in runs[1:]], option="")
+    left_out = [folder for folder in folders if folder not in measured]
+    notes = [f"{folder.name}: no generation is measured yet{_last_words(folder)}" for folder in left_out]
+    return Found(runs, tuple(notes))
+
+
+def _run_folders(place: Path) -> list[Path]:
+    """The place itself, or what it holds: of a sweep, what is in `runs`."""
+    if (place / "recipe.yaml").is_file():
+        return [place]
+    for folder in (place, place / "runs"):
+        found = sorted(path.parent for path in folder.glob("*/recipe.yaml"))
+        if found:
+            return found
+    what = "is no run folder (it has no recipe.yaml), and holds none" if place.exists() else "there is no such folder"
+    raise UserError(
+        f"{place}: {what}: name folders that fastgen.train made, such as runs/NAME, or runs for all of them"
+    )
+
+
+def _read(folder: Path) -> Run:
+    record = read_run(folder)
+    return Run(
+        record=record,
+        analysis=read_analysis(record),
+        environment=read_json(folder / "environment.json"),
+        histories={row["generation"]: _history(folder, row) for row in record.results["generations"]},
+        lacking=_lacking(record),
+    )
+
+
+def _history(folder: Path, row: Row) -> Sequence[Row]:
+    """From the node; where that is gone, from the events. The last epoch's network is the one that was measured."""
+    node = Node(folder / f"generation_{row['generation']}")
+    told = (
+        node.facts()["training"].get("history", ())
+        if node.finished
+        else _epochs(read_events(folder), row["generation"])
+    )
+    errors = {name: row[name] for name in ("top1_error", "top5_error")}
+    return [*told[:-1], {**told[-1], **errors}] if told else []
+
+
+def _epochs(events: Iterable[Row], generation: int) -> Sequence[Row]:
+    """An epoch that was taken again after a kill counts once, as it came out last."""
+    found = {e["epoch"]: e for e in events if e.get("event") == "epoch" and e.get("generation") == generation}
+    return [found[epoch] for epoch in sorted(found)]
+
+
+def _lacking(record: RunRecord) -> str:
+    plan = json.loads((record.folder / "plan.json").read_text())
+    wanted = [generation["index"] for generation in plan if generation["train"]]
+    told = {row["generation"] for row in record.results["generations"]}
+    missing = [index for index in wanted if index not in told]
+    if not missing:
+        return ""
+    which = f"generation {missing[0]}" if len(missing) == 1 else f"generations {missing[0]} to {missing[-1]}"
+    are = "is" if len(missing) == 1 else "are"
+    return f"{which} of 0 to {wanted[-1]} {are} not trained and measured yet{_last_words(record.folder)}"
+
+
+def _last_words(folder: Path) -> str:
+    """How a run ended that is not finished, as far as its events tell."""
+    events = list(read_events(folder))
+    if not events:
+        return ""
+    last = events[-1]
+    if last["event"] in ("stopped", "diverged"):
+        return f" ({' '.join(str(last['reason']).split())})"
+    step = next((event for event in reversed(events) if event["event"] in ("step", "generation_begin")), None)
+    return "" if step is None else f" (last heard of in generation {step['generation']}, step {step['step']})"
