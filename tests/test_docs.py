@@ -52,6 +52,9 @@ VAL_BETON = f"{BETON}val --out=DIR/val.beton --classes-from=DIR/train.beton"
 TOLERANT = f"{FIT} --gen.generations=3 --run.dir=runs/tol"
 PLAIN_WORDS = "--gen.patriarch=cross_entropy --gen.confidence=1.0 --gen.teacher_weight=0.0"
 PLAIN = f"{FIT} --gen.generations=3 --run.dir=runs/plain {PLAIN_WORDS}"
+TENTH = (
+    "--data.train_limit=5000 --train.epochs=20 --gen.generations=2 --train.precision=bf16 --run.eval_every_epochs=2 "
+)
 FIRST = f"{PHOTO} --run.dir=runs/first"
 HELD_OUT = f"{TRIAL} --data.holdout=5000"
 REPEAT = "python -m fastgen.repeat --cfg rcp/{}.yaml --data.root=DIR {}--seeds=0,1,2"
@@ -66,6 +69,7 @@ SMALL_PHOTOGRAPHS = (
     "--data.eval_resolution_px=32 --run.device=cpu"
 )
 FEW_HELD_OUT = {"--data.holdout=5000": "--data.holdout=100"}
+TENTHS = {"--data.train_limit=5000": "--data.train_limit=500"}
 # Sweeps and repeats train in processes of their own, which know CIFAR-100's true files alone.
 DIGITS = {"rcp/c100_r20_gen.yaml --data.root=DIR": "tiny.yaml"}
 DIGITS_HELD_OUT = DIGITS | FEW_HELD_OUT
@@ -108,6 +112,8 @@ COMMANDS = {
     REPEAT.format("c100_r20_gen", ""): Run(
         "--gen.generations=0", instead={**DIGITS, "0,1,2": "0,1"}, says="2 repeats"
     ),
+    REPEAT.format("c100_r20_gen", TENTH): Planned(places=CIFAR, instead=TENTHS, why="an hour and a half: the line above runs"),
+    f"{REPEAT.format('c100_r20_gen', TENTH)} {PLAIN_WORDS}": Planned(places=CIFAR, instead=TENTHS, why="as the line above"),
     REPEAT.format("c100_fit", "--gen.generations=3 "): Planned(FEW, CIFAR, why="three trainings as above"),
     **{
         f"{REPEAT.format('c100_fit', '--gen.generations=3 ')} "
@@ -189,6 +195,7 @@ COMMANDS = {
     ),
     "python -m fastgen.report runs/first": Run(after=(FIRST,)),
     "python -m fastgen.report RUN": Run(after=(TRIAL,)),
+    "python -m fastgen.report runs": Run(places={"runs": "runs/base"}, after=(TRIAL,)),
     "python -m fastgen.report RUN OTHER_RUN --to FOLDER --title 'Teacher weights'": Run(after=(TRIAL, OTHER)),
     f"{EXPORT} --generation 1 --to FOLDER": Run(places={"FOLDER": "exported"}, after=(TRIAL,)),
     f"{EXPORT} --ensemble --to FOLDER --format onnx,safetensors --input pixels": Run(

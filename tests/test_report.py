@@ -236,10 +236,10 @@ def test_a_difference_beyond_noise_is_told_in_bold(report_runs, tmp_path):
     # t = -3.0 / (0.1 / sqrt 3) = -52, p = 0.00037, below 0.05 / 2 of two comparisons.
     document = document_of(with_errors(report_runs, tmp_path / "x", (27.0, 27.1, 27.2), (30.0, 30.2, 30.1)))
     assert plain(document.headline) == (
-        f"Generation 1 of {TOLERANT} makes fewer errors than {PLAIN}: −3.00 ± 0.06 points."
+        f"Generation 1 of {TOLERANT} makes fewer errors than that of {PLAIN}: −3.00 ± 0.06 points."
     )
     assert [span.text for span in document.headline if span.style == "strong"] == [
-        f"fewer errors than {PLAIN}: −3.00 ± 0.06 points"
+        f"fewer errors than that of {PLAIN}: −3.00 ± 0.06 points"
     ]
     bold = [cell.text for table in document.tables() for row in table.rows for cell in row if cell.style == "strong"]
     assert bold == ["27.10 ± 0.10", "−3.00 ± 0.06"]

@@ -82,7 +82,7 @@ def _told(contrast: Contrast) -> tuple[str | Span, ...]:
 
 
 def _other(contrast: Contrast) -> str:
-    return "its patriarch" if contrast.group is contrast.baseline else contrast.baseline.name
+    return "its patriarch" if contrast.group is contrast.baseline else f"that of {contrast.baseline.name}"
 
 
 def _detail(contrast: Contrast) -> Words:
