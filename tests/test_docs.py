@@ -112,8 +112,12 @@ COMMANDS = {
     REPEAT.format("c100_r20_gen", ""): Run(
         "--gen.generations=0", instead={**DIGITS, "0,1,2": "0,1"}, says="2 repeats"
     ),
-    REPEAT.format("c100_r20_gen", TENTH): Planned(places=CIFAR, instead=TENTHS, why="an hour and a half: the line above runs"),
-    f"{REPEAT.format('c100_r20_gen', TENTH)} {PLAIN_WORDS}": Planned(places=CIFAR, instead=TENTHS, why="as the line above"),
+    REPEAT.format("c100_r20_gen", TENTH): Planned(
+        places=CIFAR, instead=TENTHS, why="an hour and a half: the line above runs"
+    ),
+    f"{REPEAT.format('c100_r20_gen', TENTH)} {PLAIN_WORDS}": Planned(
+        places=CIFAR, instead=TENTHS, why="as the line above"
+    ),
     REPEAT.format("c100_fit", "--gen.generations=3 "): Planned(FEW, CIFAR, why="three trainings as above"),
     **{
         f"{REPEAT.format('c100_fit', '--gen.generations=3 ')} "
