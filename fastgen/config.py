@@ -148,7 +148,7 @@ class ModelSettings:
     memory_efficient: bool = setting(
         False,
         "DenseNets: joined inputs and their batch-norms are computed again in the backward pass instead of kept; the "
-        "same bits, but for engine compile",
+        "same bits and the same node, but for engine compile",
         silent=True,
     )
 

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
+def size_text(size_bytes: float) -> str:
+    """`9 GB`, `216 MB`."""
+    return f"{size_bytes / 1e9:.3g} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.3g} MB"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a whole file or nothing.
 

@@ -33,7 +33,8 @@ HEAD = """\
 
 A recipe is a YAML file of these sections. Every key can be overridden on the command line as `--section.key=value`,
 and by nothing else. An unknown or doubled key, a wrong type, a missing value and a broken rule are each one line and
-exit code 2. `null` is no value.
+exit code 2. `null` is no value. A list is written in brackets, on the command line in quotes as well, as some
+shells read brackets: `'--gen.teacher_weight=[0.6,0.5]'`.
 
 **Decides** says whether a key may decide the trained weights, and so the names of runs and nodes: *yes*; *yes, if set*,
 where the default leaves the names as they were before there was such a key; *no*, where it is about how and where a run
@@ -45,6 +46,15 @@ Rules, in the words that refuse a recipe (`...` is what was given, other code wh
 """
 # Placeholders are marked so that text is told from code.
 OPEN, CLOSE = "\0", "\1"
+
+# What the rules' own variables stand for.
+NAMED = {
+    "least": "the number of classes",
+    "most": "C",
+    "len(ks)": f"{OPEN}...{CLOSE}",
+    "count": f"{OPEN}...{CLOSE}",
+    "generations": f"{OPEN}gen.generations{CLOSE}",
+}
 
 Bindings = Mapping[str, str]
 
@@ -200,7 +210,8 @@ def _part(part: ast.expr, bindings: Bindings) -> str:
         return bindings[part.value.id]
     if isinstance(part.value, ast.Name) and part.value.id.isupper():
         return str(getattr(rules, part.value.id))
-    return f"{OPEN}{ast.unparse(part.value)}{CLOSE}"
+    text = ast.unparse(part.value)
+    return NAMED.get(text, f"{OPEN}{text}{CLOSE}")
 
 
 def _parser() -> Arguments:

@@ -92,7 +92,7 @@ def _check_photographs(data: DataSettings) -> None:
         values = getattr(data, name)
         _require(
             len(values) == 2 and low <= values[0] <= values[1] <= high,
-            f"data.{name} = {list(values)}: give two rising numbers from {low} to {high}",
+            f"data.{name} = {list(values)}: give two numbers from {low} to {high}, the second not below the first",
         )
     _require(data.crop_area[0] > 0, "data.crop_area begins at 0: give a share above 0")
     _require(data.crop_aspect[0] >= 0.05, "data.crop_aspect begins too low: give 0.05 or more")

@@ -52,6 +52,8 @@ from fastgen.trainings import POLL_SECONDS
 
 SLURM_MINUTES, SLURM_MORE = "--slurm_minutes", "--slurm_more"
 SLURM_WORDS = (SLURM_MINUTES, "--slurm_partition", "--slurm_cpus", SLURM_MORE)
+# How a sweep is run, and not which one it is.
+NOT_IN_THE_NAME = ("run.dry", "run.stop_after_minutes")
 OWN_WORDS = ("--grid", "--seeds", "--at_once", "--dir", *SLURM_WORDS)
 # Without a value.
 REPORT = "--report"
@@ -239,7 +241,8 @@ def _submit(
 def _folder(nodes: Path, words: Sequence[str], axes: Sequence[Axis]) -> Path:
     """Where a sweep is kept unless it is told: beside its generations. Other seeds are the same sweep."""
     line = parse_words(words)
-    what: list[Any] = [sorted(line.overrides.items()), line.cfg.read_text(), _grid(axes)]
+    decisive = sorted((key, value) for key, value in line.overrides.items() if key not in NOT_IN_THE_NAME)
+    what: list[Any] = [decisive, line.cfg.read_text(), _grid(axes)]
     return nodes.parent / f"sweep-{line.cfg.stem}-{hash_of(what)[:8]}"
 
 
@@ -269,7 +272,7 @@ def _announce(runs: Sequence[Run], trainings: Sequence[Training], folder: Path) 
     cells = len({run.cell.number for run in runs})
     print(
         f"{folder}: {cells} cells x {len(runs) // cells} seeds = {len(runs)} runs of {generations} generations: "
-        f"{nodes} to be trained as {generations - nodes} are shared, {nodes - left} of them are there",
+        f"{nodes} different ones ({generations - nodes} shared), {nodes - left} of them trained already",
         flush=True,
     )
 

@@ -14,7 +14,7 @@ from fastgen.data.split import Dataset
 from fastgen.distributed import ALONE, Group
 from fastgen.errors import MachineError, UserError
 from fastgen.evaluate import load_network
-from fastgen.files import write_json
+from fastgen.files import size_text, write_json
 from fastgen.label_parts import generation_folder
 from fastgen.label_store import LabelStore, StoreKind, Whereabouts, other_stores, whereabouts
 from fastgen.labelling import TABLE_BATCH, build_table, claim_cost
@@ -63,8 +63,8 @@ def told_stores(recipe: Recipe, dataset: Dataset, plan: Sequence[Generation]) ->
     if recipe.teacher.labels != "store" or not taught:
         return None
     kind = store_kind(recipe, dataset, str(taught[0].teacher))
-    each = recipe.train.epochs * kind.epoch_bytes / 1e9
-    return f"label stores: {len(taught)} of {each:.3g} GB each, {kind.truncation.how}; {nodes_folder(recipe)}/labels"
+    each = size_text(recipe.train.epochs * kind.epoch_bytes)
+    return f"label stores: {len(taught)} of {each} each, {kind.truncation.how}; {nodes_folder(recipe)}/labels"
 
 
 def open_store(
@@ -143,7 +143,7 @@ def _claimed(bench: Workbench, generation: Generation, store: LabelStore, held: 
 def _tell_store(bench: Workbench, generation: Generation, store: LabelStore, missing: int, *, kept: bool) -> None:
     """How large the store is, or will be."""
     epochs = bench.recipe.train.epochs
-    size = f"{epochs * store.kind.epoch_bytes / 1e9:.3g} GB for {epochs} epochs, {store.kind.truncation.how}"
+    size = f"{size_text(epochs * store.kind.epoch_bytes)} for {epochs} epochs, {store.kind.truncation.how}"
     if not missing:
         bench.recorder.say(f"generation {generation.index} learns from {store.folder} ({size}): no teacher runs")
     elif kept:
@@ -241,7 +241,7 @@ def open_table(
         # Sessions that were broken off, this student's or another's; a checkpoint holds what was charged before.
         stopwatch.add({"labels": max(0.0, claim_cost(folder, node.id, bench.stop, bench.recorder.say) - spent)})
     size = table_path(folder).stat().st_size
-    bench.recorder.say(f"generation {generation.index} learns from {table_path(folder)} ({size / 1e9:.2f} GB)")
+    bench.recorder.say(f"generation {generation.index} learns from {table_path(folder)} ({size_text(size)})")
     return table
 
 

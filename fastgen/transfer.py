@@ -31,6 +31,7 @@ from fastgen.device import choose_device
 from fastgen.errors import UserError, command
 from fastgen.evaluate import load_network
 from fastgen.features import Float32, Network, Tap, extract, last_linear, passes_of
+from fastgen.nodes import Node
 from fastgen.probe import CS, classify, fits_of, require_enough, require_sklearn
 from fastgen.progress import Display, PatientConsole
 from fastgen.source import OwnFacts, Source, facts_of, open_source
@@ -189,6 +190,8 @@ def _stem(out: str | None, target: str, name: str) -> Path:
     folder = Path(out) if out is not None else path if path.is_dir() else path.parent
     if not folder.is_dir():
         raise UserError(f"--out={folder}: is no folder: make it first, or name another")
+    if out is None and Node(folder).finished:
+        raise UserError(f"{folder}: is a node, to which nothing is added: name a folder for the results with --out")
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder}: may not be written to: name another folder for the results with --out")
     return folder / (f"transfer-{name}" if path.is_dir() else f"transfer-{name}-{path.stem}")

@@ -82,6 +82,7 @@ COMMANDS = {
     # make
     "make demo": Parsed("a minute of training; tests/test_recipes_run.py trains the recipe"),
     "make test": Parsed("this is a part of it"),
+    "make env": Parsed(INSTALLS),
     "make lock": Parsed(INSTALLS),
     "make loaders": Parsed(INSTALLS),
     "make soak": Parsed("half an hour; tests/test_soak.py runs a part"),
@@ -151,7 +152,6 @@ COMMANDS = {
     # photographs
     TRAIN_MANIFEST: Run(places=PHOTOGRAPHS),
     VAL_MANIFEST: Run(places=PHOTOGRAPHS, after=(TRAIN_MANIFEST,)),
-    f"{MANIFEST}val --out=DIR/val.manifest": Run(places=PHOTOGRAPHS, after=(VAL_MANIFEST,)),
     TRAIN_BETON: Run(places=PHOTOGRAPHS),
     VAL_BETON: Run(places=PHOTOGRAPHS, after=(TRAIN_BETON,)),
     "python -m data_prep.verify DIR/train.beton": Run(places=PHOTOGRAPHS, after=(TRAIN_BETON,)),
@@ -199,6 +199,7 @@ COMMANDS = {
     ),
     "python -m fastgen.report runs/first": Run(after=(FIRST,)),
     "python -m fastgen.report RUN": Run(after=(TRIAL,)),
+    "python -m fastgen.report RUN OTHER_RUN": Run("--to=beside", after=(TRIAL, OTHER)),
     "python -m fastgen.report runs": Run(places={"runs": "runs/base"}, after=(TRIAL,)),
     "python -m fastgen.report RUN OTHER_RUN --to FOLDER --title 'Teacher weights'": Run(after=(TRIAL, OTHER)),
     f"{EXPORT} --generation 1 --to FOLDER": Run(places={"FOLDER": "exported"}, after=(TRIAL,)),
@@ -434,8 +435,8 @@ def test_the_reference_has_every_setting_and_the_rules_that_refuse():
             assert page.count(f"\n| `{name}.{key}` | ") == 1
     lines = list(reference.rule_lines())
     assert "`train.epochs`: give 1 or more" in lines
-    assert "`data.val_limit`: give at least `least`, one image for each class" in lines
-    assert "`data.crop_aspect`: give two rising numbers from 0 to 20" in lines
+    assert "`data.val_limit`: give at least the number of classes, one image for each class" in lines
+    assert "`data.crop_aspect`: give two numbers from 0 to 20, the second not below the first" in lines
     assert (
         "`gen.smoothing` has no say with gen.patriarch = ...: leave it out, or set gen.patriarch=label_smoothing"
         in lines

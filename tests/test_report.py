@@ -127,7 +127,7 @@ def test_recipes_are_named_by_what_differs(report_runs, tmp_path):
         "plain D(1.0, 0.0), lr=0.1": "plain",
         "born-again D(1.0, 0.5), lr=0.05": "born-again",
         "tolerant D(0.6, 0.6), lr=0.05": "other",
-        "tolerant D(0.6, 0.6), lr=0.1, only=1, teacher=abc": "other",
+        "tolerant D(0.6, 0.6), lr=0.1, teacher=abc": "other",
     }
 
 

@@ -180,7 +180,7 @@ def test_other_views_or_pixels_are_asked_for_anew(tmp_path, capsys, change):
 def test_a_dry_run_tells_how_large_stores_will_be(tmp_path, capsys):
     run(tmp_path, "dry", STORE, "--run.dry=true", "--gen.generations=3", "--train.epochs=100")
     # 200 images x 100 epochs x (10 classes x 2 bytes + 4)
-    assert "label stores: 3 of 0.00048 GB each, all 10 classes in fp16" in capsys.readouterr().out
+    assert "label stores: 3 of 0.48 MB each, all 10 classes in fp16" in capsys.readouterr().out
 
 
 def test_students_of_a_live_teacher_are_none_of_a_store(tmp_path, live):

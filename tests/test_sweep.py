@@ -341,7 +341,7 @@ def test_a_killed_sweep_goes_on_trains_each_generation_once_and_tells_means_and_
     # Those that it started are saving: they are waited for.
     done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "2 cells x 2 seeds = 4 runs of 8 generations: 6 to be trained as 2 are shared" in done.stdout
+    assert "2 cells x 2 seeds = 4 runs of 8 generations: 6 different ones (2 shared)" in done.stdout
     # Two patriarchs, four students; what was there is untouched.
     assert len(list(nodes.glob("*/node.json"))) == 6
     assert all(path.stat().st_mtime_ns == at for path, at in first.items())
@@ -400,7 +400,7 @@ def test_the_figure_has_a_line_for_each_cell(tmp_path, monkeypatch):
 def test_a_dry_sweep_tells_what_it_would_do_and_leaves_nothing(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command(sweep.main, [*words_of(recipe), "--grid=gen.k=2,3", "--run.dry=true"]) == 0
-    assert "2 cells x 1 seeds = 2 runs of 4 generations: 4 to be trained as 0 are shared" in capsys.readouterr().out
+    assert "2 cells x 1 seeds = 2 runs of 4 generations: 4 different ones (0 shared)" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == [recipe.name]
 
 
@@ -413,7 +413,7 @@ def test_one_generation_is_swept_under_one_teacher(recipe, tmp_path, capsys, mon
     assert "give gen.only and gen.teacher both" in capsys.readouterr().err
     assert command(sweep.main, [*alone, "--gen.teacher=runs/first/generation_0"]) == 0
     out = capsys.readouterr().out
-    assert "2 cells x 1 seeds = 2 runs of 2 generations: 2 to be trained as 0 are shared, 0 of them are there" in out
+    assert "2 cells x 1 seeds = 2 runs of 2 generations: 2 different ones (0 shared), 0 of them trained already" in out
     assert "lowest top-1 error in generation 1: teacher_weight=0." in out
     with (tmp_path / "swept" / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -442,6 +442,20 @@ def test_help_names_its_own_words_and_the_recipe_s(capsys):
     out = capsys.readouterr().out
     assert "--grid" in out
     assert "--train.epochs" in out
+
+
+def test_a_dry_run_names_the_folder_of_the_sweep_itself(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [*words_of(recipe), "--grid=gen.teacher_weight=0.3,0.7", "--run.dry=true"]
+    assert command(sweep.main, words) == 0
+    dry = capsys.readouterr().out.partition(":")[0]
+    names = {
+        sweep._folder(tmp_path / "nodes", [*words_of(recipe), *more], [grid.Axis("gen.teacher_weight", ("0.3", "0.7"))])
+        for more in ([], ["--run.dry=true"], ["--run.stop_after_minutes=5"])
+    }
+    assert {name.name for name in names} == {dry.rpartition("/")[2]}
+    other = sweep._folder(tmp_path / "nodes", [*words_of(recipe), "--gen.k=3"], [])
+    assert other not in names
 
 
 def test_a_second_sweep_on_one_folder_is_refused(recipe, tmp_path, monkeypatch, capsys):

@@ -455,12 +455,16 @@ def test_the_same_command_writes_the_same_files(make_run, woof, capsys, tmp_path
     assert files[0] == files[1]
 
 
-def test_two_weights_files_are_compared_whatever_their_generations(make_run, woof, capsys):
+def test_two_weights_files_are_compared_whatever_their_generations(make_run, woof, capsys, tmp_path):
     run = make_run("it", resnet8(0), resnet8(1))
     first, second = (run / f"generation_{number}" / "model.safetensors" for number in (0, 1))
     words = [second, f"--cfg={run / 'recipe.yaml'}", f"--to={woof}", f"--baseline={first}"]
-    assert call(capsys, *words)[0] == 0
-    (row,) = json.loads((second.parent / "transfer-woof-model.json").read_text())["generations"]
+    (second.parent / "node.json").write_text("{}")
+    code, _, err = call(capsys, *words)
+    told = f"fastgen: {second.parent}: is a node, to which nothing is added: name a folder for the results with --out"
+    assert (code, err) == (2, [told])
+    assert call(capsys, *words, f"--out={tmp_path}")[0] == 0
+    (row,) = json.loads((tmp_path / "transfer-woof-model.json").read_text())["generations"]
     assert (row["generation"], row["run"]["node"], row["baseline"]["node"]) == (1, "it1", "it0")
     assert row["comparison"] is not None
 

@@ -126,13 +126,18 @@ def _of_classes(split: FileSplit, classes: int) -> FileSplit:
 
 def _open_manifest(root: Path, part: str) -> _Opened:
     path = root / f"{part}.manifest"
-    again = f"python -m data_prep.manifest --source={root / part} --out={path}"
+    again = f"python -m data_prep.manifest --source={root / part} --out={path}{_classes(root, part, 'manifest')}"
     if not path.is_file():
         raise UserError(f"{path}: is missing: make it with {again}")
     manifest = read_manifest(path)
     _check_folders(manifest, path, again)
     split = FileSplit(manifest, manifest.labels, _ids(len(manifest)), manifest.sizes, manifest.data_hash)
     return _Opened(path, split, manifest.class_names)
+
+
+def _classes(root: Path, part: str, suffix: str) -> str:
+    """Further words of a command that makes an index: classes are numbered as those of the training part."""
+    return "" if part == "train" else f" --classes-from={root / 'train'}.{suffix}"
 
 
 def _check_folders(manifest: Manifest, path: Path, again: str) -> None:
@@ -147,7 +152,7 @@ def _check_folders(manifest: Manifest, path: Path, again: str) -> None:
 def _open_beton(root: Path, part: str) -> _Opened:
     path = root / f"{part}.beton"
     if not path.is_file():
-        again = f"python -m data_prep.beton --source={root / part} --out={path}"
+        again = f"python -m data_prep.beton --source={root / part} --out={path}{_classes(root, part, 'beton')}"
         raise UserError(f"{path}: is missing: make it with {again}")
     beton = read_beton(path)
     manifest = read_beside(beton)

@@ -114,7 +114,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """What each recipe does, and what else differs; numbered where that is not enough."""
-    others = [key for key in differing(settings) if key not in {*TOLD, "gen.generations"}]
+    others = [key for key in differing(settings) if key not in {*TOLD, "gen.generations", "gen.only"}]
     # What is null is not set: it goes without saying.
     told = [[setting_text(key, own[key]) for key in others if own[key] is not None] for own in settings]
     names = [", ".join([_method(own), *texts]) for own, texts in zip(settings, told, strict=True)]

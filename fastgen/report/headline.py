@@ -52,13 +52,13 @@ def _within(groups: Sequence[Group], own_errors: Sequence[Contrast]) -> Words:
         best = groups[0].spread("top1_error", groups[0].last)
         text = f"{groups[0].name}, generation {groups[0].last}: {spread_text(best)} % top-1 error"
         return words(text, "; nothing is given to compare it with.")
-    ends = " — not beside plain networks of that generation, of which no runs are given."
+    ends = ". No plain runs are given, so nothing is said of plain networks of that generation."
     apart = [contrast for contrast in own_errors if contrast.apart]
     if apart:
         return words(*_all_told(apart), ends)
     if len(own_errors) == 1:
         return words(f"The students of {own_errors[0].group.name} are not told apart from their own patriarch", ends)
-    return words(f"Of {len(own_errors)} recipes, none's students are told apart from their own patriarch", ends)
+    return words(f"In none of {len(own_errors)} recipes can the students be told apart from their own patriarch", ends)
 
 
 def _all_told(apart: Sequence[Contrast]) -> list[str | Span]:
