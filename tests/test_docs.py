@@ -108,7 +108,6 @@ COMMANDS = {
     f"{TRIAL} --data.root=DIR": Run(places=CIFAR, after=(TRIAL,)),
     f"{TRIAL} --gen.student_confidence=0.8": Run(),
     f"{TRIAL} --gen.k=10 --gen.k_mass=0.95": Run(),
-    f"{TRIAL} --gen.k=3": Run(),
     # repeats and sweeps
     REPEAT.format("c100_r20_gen", ""): Run(
         "--gen.generations=0", instead={**DIGITS, "0,1,2": "0,1"}, says="2 repeats"
