@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -515,6 +516,10 @@ def plain_run(tmp_path_factory):
         (["{run}", "--input=jpeg"], "invalid choice: 'jpeg'"),
         (["{run}", "--opset=17"], "--opset=17: give 18 to "),
         (["{run}", "--opset=99"], "--opset=99: give 18 to "),
+        (["{run}", "--to="], "--to: is empty: name a folder"),
+        (["{run}", "--to", ""], "--to: is empty: name a folder"),
+        (["{run}", "--ensemble", "--ensemble=1..2"], "--ensemble is given twice: keep one"),
+        (["{run}", "--ensemble", "1..2", "--ensemble"], "--ensemble is given twice: keep one"),
         (["{run}", "--images=0"], "'0' is below 1"),
         (["{run}", "--to={tmp}/a/b"], "a is not there: make it first"),
         (["{run}", "--to={run}/recipe.yaml"], "is a file: name a folder"),
@@ -595,7 +600,6 @@ def export_weights(plain_run, folder, *more):
 def test_files_are_replaced_only_where_that_is_asked_for(capsys, tmp_path, plain_run):
     words = export_weights(plain_run, tmp_path)
     files, _ = exported(capsys, *words)
-    (tmp_path / "generation_2.onnx").write_bytes(b"of an older export")
     (tmp_path / "generation_20.safetensors").write_bytes(b"of another one")
     files["generation_2.safetensors"].write_bytes(b"changed")
     assert "generation_2.json: is there already: give --force" in refused(capsys, 2, *words)
@@ -603,12 +607,44 @@ def test_files_are_replaced_only_where_that_is_asked_for(capsys, tmp_path, plain
     files["generation_2.md"].unlink()
     assert "generation_2.safetensors: is there already: give --force" in refused(capsys, 2, *words)
     assert files["generation_2.safetensors"].read_bytes() == b"changed"
+    (tmp_path / "generation_2.onnx").write_bytes(b"of an older export")
     exported(capsys, *words, "--force")
     assert len(load_file(files["generation_2.safetensors"])) > 10
     kept = {"generation_20.safetensors", *files}
     assert {path.name for path in tmp_path.iterdir()} == kept
     # Another generation lies beside it.
     exported(capsys, *words, "--generation=0")
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--format=safetensors"], "generation_2.onnx"),
+        (["--format=onnx"], "generation_2.safetensors"),
+        (["--format=onnx", "--ensemble=0..1"], "ensemble_0-1.generation_0.safetensors"),
+        (["--format=safetensors", "--ensemble=0..1"], "ensemble_0-1.generation_9.safetensors"),
+        (["--format=safetensors"], "generation_2.md"),
+    ],
+)
+def test_a_file_that_would_be_removed_is_refused(capsys, tmp_path, monkeypatch, plain_run, words, name):
+    monkeypatch.setattr(onnx_file, "to_onnx", lambda subject, given, opset: b"")
+    # Even a link to nothing is a person's own.
+    (tmp_path / name).symlink_to(tmp_path / "away")
+    line = refused(capsys, 2, plain_run, *words, f"--to={tmp_path}", "--images=1")
+    assert f"{name}: is there already: give --force" in line
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_that_came_during_the_work_is_kept(capsys, tmp_path, monkeypatch, plain_run):
+    to_weights = weights_file.to_weights
+
+    def meanwhile(subject, member):
+        (tmp_path / "generation_2.onnx").write_bytes(b"of another")
+        return to_weights(subject, member)
+
+    monkeypatch.setattr(weights_file, "to_weights", meanwhile)
+    assert "generation_2.onnx: is there already" in refused(capsys, 2, *export_weights(plain_run, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["generation_2.onnx"]
 
 
 def test_a_stop_between_renames_leaves_no_card(capsys, tmp_path, monkeypatch, plain_run):
@@ -650,9 +686,57 @@ def test_a_signal_leaves_nothing(capsys, tmp_path, monkeypatch, plain_run, numbe
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.usefixtures("_signals_are_heard")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("then", ["an error", "a file"])
+def test_a_signal_that_the_exporter_swallows_ends_the_work(capsys, tmp_path, monkeypatch, plain_run, number, then):
+    """torch catches all that is raised in its tracing: it goes on, or ends with an error of its own."""
+    heard = []
+
+    def swallowing(*words, **options):
+        for _ in range(2):
+            try:
+                signal.raise_signal(number)
+            except BaseException as error:  # noqa: BLE001 (as torch does)
+                heard.append(type(error).__name__)
+        if then == "an error":
+            raise RuntimeError("Failed to export the model")
+        return SimpleNamespace(model_proto=onnx.ModelProto())
+
+    monkeypatch.setattr(torch.onnx, "export", swallowing)
+    monkeypatch.setattr(onnx_file, "_forget_places", lambda model: model.opset_import.add(domain="", version=18))
+    monkeypatch.setattr(onnx_file, "run_onnx", lambda *words: pytest.fail("the work went on"))
+    line = refused(capsys, 128 + number, plain_run, "--format=onnx", "--images=1", f"--to={tmp_path / 'out'}")
+    assert line == f"fastgen: stopped by {number.name}"
+    # The second one is heard, too, as the first one ended nothing.
+    assert heard == ["_Signal", "_Signal"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_signals_are_heard")
+def test_a_signal_does_not_break_off_tidying_up_or_putting_in_place(capsys, tmp_path, monkeypatch, plain_run):
+    replace_file, remove = os.replace, shutil.rmtree
+
+    def during(work):
+        def whole(*words, **options):
+            signal.raise_signal(signal.SIGINT)
+            return work(*words, **options)
+
+        return whole
+
+    def while_put_in_place(source, target):
+        # Not of the stage, where writing is yet to be ended by a signal.
+        return (during(replace_file) if Path(target).parent == tmp_path else replace_file)(source, target)
+
+    monkeypatch.setattr(os, "replace", while_put_in_place)
+    monkeypatch.setattr(shutil, "rmtree", during(remove))
+    files, _ = exported(capsys, *export_weights(plain_run, tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == set(files)
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(capsys, tmp_path, monkeypatch, plain_run):
     def full(stage, name, content):
-        raise OSError(errno.ENOSPC, "No space left on device", str(stage / name))
+        raise OSError(errno.ENOSPC, "No space left on device", str(stage.path / name))
 
     monkeypatch.setattr(export, "write", full)
     line = refused(capsys, 1, *export_weights(plain_run, tmp_path / "out"))
