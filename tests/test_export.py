@@ -2,7 +2,9 @@
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,12 +30,12 @@ from fastgen.checkpoint import read_weights, save_weights
 from fastgen.data import open_dataset
 from fastgen.data.facts import DATASETS
 from fastgen.errors import MachineError, UserError, command
-from fastgen.evaluate import load_network
+from fastgen.evaluate import _networks_of, load_network, trained_in
 from fastgen.export import command as export
 from fastgen.export import onnx_file, place, weights_file
 from fastgen.export.card import measured_by
 from fastgen.export.check import FACTOR, Reference, agreement, batches_of, passes_of, reference_of
-from fastgen.export.images import images_of
+from fastgen.export.images import MOST_RANDOM, images_of
 from fastgen.export.onnx_file import Graph, feeding, run_onnx, to_onnx
 from fastgen.export.subject import Member, Subject
 from fastgen.export.weights_file import TORCHVISIONS, maker_of
@@ -226,6 +228,15 @@ def test_the_same_run_gives_the_same_bytes_and_no_place_of_this_machine(capsys, 
     assert {name: told["fastgen"][name] for name in of_weights} == of_weights
     assert of_weights["classes"] == 10
     assert (of_weights["height_px"], of_weights["mean"]) == (8, [0.3052])
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line(run_command, tmp_path):
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "torch.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(modules), *sys.path])
+    ended = run_command(["run"], module="fastgen.export", env={"PYTHONPATH": path})
+    assert ended == (128 + signal.SIGINT, "", "fastgen: interrupted\n")
 
 
 def test_the_command_is_a_module(run_command, tmp_path, digits_run):
@@ -483,6 +494,45 @@ def test_results_of_other_networks_are_not_told(tmp_path, digits_run):
     path.write_text(json.dumps({"evaluated_on": "test"}))
     with pytest.raises(UserError, match=r"results\.json: is damaged \(KeyError"):
         measured_by(tmp_path, of)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top1_error", None), ("top1_error", "abc"), ("top5_error", [1]), ("top5_error", True), ("nll", math.nan),
+        ("nll", math.inf), ("ece", None), ("samples_evaluated", None), pytest.param("top1_error", 10**400, id="huge"),
+        ("ensemble_top1_error", "abc"), ("ensemble_top5_error", None),
+    ],
+)  # fmt: skip
+def test_results_that_are_no_numbers_are_one_line(capsys, tmp_path, plain_run, name, value):
+    run = tmp_path / "run"
+    shutil.copytree(plain_run, run)
+    row = {"samples_evaluated": 9, "top1_error": 1.0, "top5_error": 2.0, "nll": 0.5, "ece": 0.1}
+    row |= {"ensemble_top1_error": 1.0, "ensemble_top5_error": 0.5}
+    rows = [row | {"generation": number, "node": f"node{number}"} | {name: value} for number in range(3)]
+    (run / "results.json").write_text(json.dumps({"evaluated_on": "test", "generations": rows}))
+    which = ["--ensemble"] if name.startswith("ensemble") else []
+    line = refused(capsys, 2, run, "--format=safetensors", "--images=1", *which)
+    assert re.search(r"results\.json: is damaged \(.*\): start the run's own command again", line)
+    assert not (run / "export").exists()
+
+
+def test_random_images_are_so_many_at_most(plain_run):
+    found = images_of(subject_of_run(plain_run), 100_000_000_000)
+    assert (len(found), found.what) == (MOST_RANDOM, "random images")
+
+
+def test_folders_of_other_names_are_no_generations(capsys, tmp_path, plain_run):
+    run = tmp_path / "run"
+    shutil.copytree(plain_run, run)
+    for name in ("generation_old", "generation_1.bak", "generation_", "generation_01"):
+        shutil.copytree(plain_run / "generation_0", run / name)
+    (run / "generation_3").symlink_to("nowhere")
+    _, card = exported(capsys, *export_weights(run, tmp_path / "out"))
+    assert card["generation"] == 2
+    assert trained_in(run) == {number: run / f"generation_{number}" / "model.safetensors" for number in range(3)}
+    # What `evaluate` measures, by the names it tells.
+    assert [name for name, _ in _networks_of(run)] == ["generation 0", "generation 1", "generation 2"]
 
 
 # What is refused, and what is left.

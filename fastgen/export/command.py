@@ -209,7 +209,7 @@ def _read(words: Sequence[str]) -> tuple[Any, list[str]]:
         help="of the ONNX file: pixels 0..255 in uint8 (default), the same in float32, or what the network takes",
     )  # fmt: skip
     parser.add_argument("--opset", type=int, help=f"version of ONNX's operators; default {OLDEST_OPSET}")
-    parser.add_argument("--images", type=at_least_one, default=64, help="how many to check the files with; default 64")
+    parser.add_argument("--images", type=at_least_one, default=64, help="how many to check with; default 64")
     parser.add_argument("--force", action="store_true", help="replace an export that is there, all its formats")
     if "--help" in words or "-h" in words:
         parser.epilog = (
