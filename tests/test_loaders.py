@@ -592,7 +592,7 @@ class TestDali:
 
     def test_missing_package(self, pictures, monkeypatch):
         monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-        with pytest.raises(UserError, match=r"pip install 'fastgen\[dali\]'"):
+        with pytest.raises(UserError, match=r"pip install nvidia-dali-cuda120$"):
             photo_loader("dali", pictures)
 
     def test_gpu_decoder_without_gpu(self, pictures):

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 
 from fastgen.extras import PACKAGES, SYSTEM_PACKAGES, install_line, system_line
 
@@ -43,11 +43,17 @@ def _has_headers() -> bool:
 def installer() -> str:
     """The words before a package, by what this environment is managed with."""
     python = shlex.quote(interpreter())
-    if find_spec("pip") is not None:
+    if has_pip():
         return f"{python} -m pip install"
     if shutil.which("uv"):
         return f"uv pip install --python {python}"
     return f"{python} -m ensurepip && {python} -m pip install"
+
+
+def has_pip() -> bool:
+    """Whether this environment has pip."""
+    # Not importlib.util's: setuptools listens there, and warns when somebody has imported distutils before.
+    return PathFinder.find_spec("pip") is not None
 
 
 def interpreter() -> str:
