@@ -446,6 +446,7 @@ def test_all_forms_tell_the_same(written_report, whole):
 def test_another_process_writes_the_same_bytes(written_report, whole, report_runs, tmp_path, run_command):
     again = tmp_path / "again"
     (again / "figures").mkdir(parents=True)
+    (again / "report.html").write_text("<p>Made by fastgen.report; ...")
     (again / "figures" / "training-7.png").write_bytes(b"of an earlier report")
     ended = run_command([report_runs, "--to", again], module="fastgen.report")
     assert (ended.code, ended.err) == (0, "")
@@ -603,6 +604,6 @@ def test_a_folder_that_may_not_be_written_to_is_told(report_runs, tmp_path, capf
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("fastgen.report.files.write_atomically", full)
+    monkeypatch.setattr("fastgen.report.place.write_atomically", full)
     code, line = refused(capfd, report_runs / "tolerant_0", "--samples=0", f"--to={tmp_path / 'to'}")
     assert (code, "No space left on device" in line) == (1, True)
