@@ -274,7 +274,7 @@ def test_one_seed_tells_nothing_apart(report_runs, tmp_path):
 
 def test_without_plain_runs_students_stand_beside_their_patriarch(report_runs):
     document = document_of(report_runs, *names("tolerant"))
-    assert "not beside plain networks of that generation" in plain(document.headline)
+    assert "nothing is said of plain networks of that generation" in plain(document.headline)
     assert any("Give plain runs too" in plain(line) for line in document.details)
     table = next(table for table in document.tables() if table.name == "differences")
     runs = [rows_of(report_runs / name) for name in names("tolerant")]
@@ -565,14 +565,17 @@ def test_mistakes_are_one_line(report_runs, tmp_path, capfd):
         ("results.json", "{}", "is damaged"),
         ("results.json", '{"dataset": "digits", "generations": []}', "is damaged"),
         ("plan.json", "{}", "is damaged"),
-        ("environment.json", "not json", "is damaged"),
+        ("plan.json", "[1, 2]", "is damaged"),
+        ("plan.json", '[{"index": 0, "train": true}]', "is damaged"),
+        ("plan.json", '[{"index": 0, "identity": {"data": {"hash": "a"}}}]', "is damaged"),
+        ("recipe.yaml", b"# n\xfc", "is damaged"),
         ("recipe.yaml", "run: [", "is not valid YAML"),
         ("analysis.json", "{", "is damaged"),
     ],
 )
 def test_a_damaged_file_is_named(report_runs, tmp_path, capfd, name, content, expected):
     here = copied(report_runs, tmp_path / "x", "tolerant_0")
-    (here / "tolerant_0" / name).write_text(content)
+    (here / "tolerant_0" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     code, line = refused(capfd, here, f"--to={tmp_path / 'to'}")
     assert code == 2
     assert name in line
