@@ -117,7 +117,29 @@ def test_names_that_are_not_utf_8(report_runs, tmp_path, capfd):
     assert "n?me" in (run / "report" / "results.csv").read_text()
 
 
-def test_an_interrupt_while_modules_are_imported_is_caught():
-    # What takes seconds to import is imported by the function that `errors.command` calls.
-    code = "import sys, fastgen.report.__main__; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+INTERRUPTED = """
+import os, signal, sys, time
+from fastgen.errors import command
+from fastgen.report.__main__ import main
+
+if {"torch", "numpy"} & {*sys.modules}:
+    sys.exit("what takes seconds is imported before anybody would catch an interrupt")
+
+class Library:
+    def find_spec(self, name, path, target=None):
+        if name == "fastgen.report.command":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+            except BaseException:
+                os.abort()
+
+sys.meta_path.insert(0, Library())
+sys.exit(command(main, []))
+"""
+
+
+def test_an_interrupt_while_modules_are_imported_is_a_line():
+    # Compiled modules abort where an interrupt is raised in them.
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "fastgen: interrupted\n")
