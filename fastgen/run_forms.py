@@ -83,7 +83,8 @@ def analysis_is_whole(content: Mapping[str, Any]) -> bool:
             "ensembles": {"all": ensemble, "last_members_top1_error": [*last]},
         }:
             return (
-                all(map(_is_analysed, rows))
+                all(isinstance(name, str) for name in names)
+                and all(map(_is_analysed, rows))
                 and all(_is_map(found, names, groups) for found in maps)
                 and (ensemble is None or _is_reliable(ensemble))
                 and len(last) == len(rows)
@@ -129,7 +130,7 @@ def _is_map(found: Any, names: Sequence[Any], groups: Any) -> bool:
             named = per_cell != 1 or classes <= len(names)
             grouped = groups is None or per_cell != 1 or _is_grouped(groups, classes)
             frequent_ones = len(frequent) <= len(names) and all(_are_pairs(row, len(names)) for row in frequent)
-            return square and named and grouped and frequent_ones and all(map(_is_number, itertools.chain(*counts)))
+            return square and named and grouped and frequent_ones and all(map(_is_count, itertools.chain(*counts)))
     return False
 
 
@@ -154,6 +155,10 @@ def _are_pairs(row: Any, classes: int) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < LARGEST
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and value >= 0
 
 
 def _is_number_or_null(value: Any) -> bool:

@@ -95,6 +95,8 @@ def test_what_older_results_lack_is_no_damage(run):
         (["generations", 0, "generation"], 7),
         (["generations", 0, "evaluation", "reliability", "accuracy"], []),
         (["class_names"], ["a"]),
+        (["class_names", 3], 2.5),
+        (["second_best", 0, "counts", 0, 1], -5),
         (["groups"], {"of_class": [0]}),
         (["evaluated_on"], "test"),
     ],
