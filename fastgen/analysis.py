@@ -41,6 +41,7 @@ from fastgen.files import write_json
 from fastgen.measuring import EVALUATION_BATCH, Examination
 from fastgen.nodes import Node
 from fastgen.progress import Display
+from fastgen.record import generations_in
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,7 @@ def _networks(
     if not networks:
         raise UserError(f"{run.folder}: holds no trained generation: train it first")
     told = [row["generation"] for row in run.results["generations"]]
-    begun = {int(path.name.split("_")[1]) for path in run.folder.glob("generation_*")}
-    for index in sorted(begun - set(told)):
+    for index in sorted({*generations_in(run.folder)} - {*told}):
         notes.append(f"left out: generation {index}: is not trained and measured to its end")
     if told[0] != 0:
         notes.append(

@@ -33,6 +33,7 @@ from fastgen.measuring import Examination, Measurement, measure, measure_ensembl
 from fastgen.models import network_of
 from fastgen.progress import Display, PatientConsole
 from fastgen.recipe import read_recipe
+from fastgen.record import generations_in
 from fastgen.tables import measurement_table, print_table
 
 USAGE = "python -m fastgen.evaluate RUN_FOLDER [--analyse [--against RUN_FOLDER ...]]"
@@ -144,13 +145,19 @@ def _analyse(recipe: Recipe, folder: Path, against: Sequence[Path]) -> None:
     print("  ".join(map(str, written)))
 
 
+def trained_in(run: Path) -> dict[int, Path]:
+    """Weights files of a run's trained generations, in their order."""
+    found = {generation: folder / "model.safetensors" for generation, folder in generations_in(run).items()}
+    return {generation: path for generation, path in found.items() if path.exists()}
+
+
 def _networks_of(target: Path) -> list[tuple[str, Path]]:
     if target.is_file():
         return [(target.name, target)]
-    found = sorted(target.glob("generation_*/model.safetensors"), key=lambda path: int(path.parent.name.split("_")[1]))
+    found = trained_in(target)
     if not found:
         raise UserError(f"{target}: is neither a weights file nor a run folder with a trained generation")
-    return [(path.parent.name.replace("_", " "), path) for path in found]
+    return [(f"generation {generation}", path) for generation, path in found.items()]
 
 
 def _measure_all(

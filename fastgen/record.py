@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,14 @@ from fastgen.plan import Generation
 from fastgen.progress import Display, Leg
 from fastgen.recipe import dump, load_text
 from fastgen.schedule import Schedule
+
+GENERATION = re.compile(r"generation_(0|[1-9][0-9]*)")
+
+
+def generations_in(run: Path) -> dict[int, Path]:
+    """Generations that were begun, in their order; what a person has put there under another name is none."""
+    found = ((GENERATION.fullmatch(path.name), path) for path in run.glob("generation_*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 class RunFolder:

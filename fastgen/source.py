@@ -13,6 +13,7 @@ from fastgen.config import Recipe
 from fastgen.data import open_dataset
 from fastgen.data.facts import DATASETS, Facts
 from fastgen.errors import UserError
+from fastgen.evaluate import trained_in
 from fastgen.recipe import read_recipe
 from fastgen.transfer_data import evaluation_view
 
@@ -73,13 +74,12 @@ def open_source(place: str, cfg: str | None, overrides: Sequence[str], command: 
         _, description = read_weights(path)
         weights, recipe_file = {int(description.get("generation", 0)): path}, Path(cfg)
     else:
-        found = path.glob("generation_*/model.safetensors")
-        weights = {int(file.parent.name.removeprefix("generation_")): file for file in found}
+        weights = trained_in(path)
         recipe_file = path / "recipe.yaml"
     if not weights:
         raise UserError(f"{path}: is neither a weights file nor a run folder with a trained generation")
     recipe = read_recipe([f"--cfg={recipe_file}", *overrides], command=command)
-    return Source(place, recipe, dict(sorted(weights.items())))
+    return Source(place, recipe, weights)
 
 
 def facts_of(recipe: Recipe, classes: int | None) -> Facts:

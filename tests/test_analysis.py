@@ -265,6 +265,7 @@ def test_a_generation_that_is_not_finished_is_left_out(runs, tmp_path):
         target = (runs / "taught_0" / link.name).resolve()
         link.unlink()
         os.symlink(target, link)
+    (folder / "generation_old").mkdir()
     results = json.loads((folder / "results.json").read_text())
     results["generations"] = results["generations"][:2]
     (folder / "results.json").write_text(json.dumps(results))

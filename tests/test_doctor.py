@@ -21,7 +21,7 @@ import pytest
 
 from fastgen.data import digits
 from fastgen.doctor import advice, driver, machine, packages, torch_trials
-from fastgen.doctor.__main__ import failures_of, main, progress_line
+from fastgen.doctor.__main__ import _end_by_signals, _ended, failures_of, main, progress_line
 from fastgen.doctor.findings import Answer, Finding, Mark, Place
 from fastgen.doctor.report import lines_of
 from fastgen.doctor.runner import run_trials
@@ -348,7 +348,21 @@ def test_without_torch_and_the_rest_the_command_still_tells_all(here, tmp_path, 
     assert "Training is possible" not in ended.out
 
 
-def test_sigterm_ends_what_was_started(here, tmp_path):
+def test_nohup_is_respected():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        _end_by_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is _ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals_are_heard")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_what_was_started(here, tmp_path, number):
     (here / "torch.py").write_text(
         "import os, pathlib, time\n"
         f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
@@ -365,8 +379,8 @@ def test_sigterm_ends_what_was_started(here, tmp_path):
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        doctor.terminate()
-        assert doctor.wait(60) == 128 + signal.SIGTERM
+        doctor.send_signal(number)
+        assert doctor.wait(60) == 128 + number
     finally:
         doctor.kill()
     assert not alive(int((tmp_path / "pid").read_text()))

@@ -2,13 +2,16 @@
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,12 +30,12 @@ from fastgen.checkpoint import read_weights, save_weights
 from fastgen.data import open_dataset
 from fastgen.data.facts import DATASETS
 from fastgen.errors import MachineError, UserError, command
-from fastgen.evaluate import load_network
+from fastgen.evaluate import _networks_of, load_network, trained_in
 from fastgen.export import command as export
 from fastgen.export import onnx_file, place, weights_file
 from fastgen.export.card import measured_by
 from fastgen.export.check import FACTOR, Reference, agreement, batches_of, passes_of, reference_of
-from fastgen.export.images import images_of
+from fastgen.export.images import MOST_RANDOM, images_of
 from fastgen.export.onnx_file import Graph, feeding, run_onnx, to_onnx
 from fastgen.export.subject import Member, Subject
 from fastgen.export.weights_file import TORCHVISIONS, maker_of
@@ -225,6 +228,15 @@ def test_the_same_run_gives_the_same_bytes_and_no_place_of_this_machine(capsys, 
     assert {name: told["fastgen"][name] for name in of_weights} == of_weights
     assert of_weights["classes"] == 10
     assert (of_weights["height_px"], of_weights["mean"]) == (8, [0.3052])
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line(run_command, tmp_path):
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "torch.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(modules), *sys.path])
+    ended = run_command(["run"], module="fastgen.export", env={"PYTHONPATH": path})
+    assert ended == (128 + signal.SIGINT, "", "fastgen: interrupted\n")
 
 
 def test_the_command_is_a_module(run_command, tmp_path, digits_run):
@@ -484,6 +496,45 @@ def test_results_of_other_networks_are_not_told(tmp_path, digits_run):
         measured_by(tmp_path, of)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top1_error", None), ("top1_error", "abc"), ("top5_error", [1]), ("top5_error", True), ("nll", math.nan),
+        ("nll", math.inf), ("ece", None), ("samples_evaluated", None), pytest.param("top1_error", 10**400, id="huge"),
+        ("ensemble_top1_error", "abc"), ("ensemble_top5_error", None),
+    ],
+)  # fmt: skip
+def test_results_that_are_no_numbers_are_one_line(capsys, tmp_path, plain_run, name, value):
+    run = tmp_path / "run"
+    shutil.copytree(plain_run, run)
+    row = {"samples_evaluated": 9, "top1_error": 1.0, "top5_error": 2.0, "nll": 0.5, "ece": 0.1}
+    row |= {"ensemble_top1_error": 1.0, "ensemble_top5_error": 0.5}
+    rows = [row | {"generation": number, "node": f"node{number}"} | {name: value} for number in range(3)]
+    (run / "results.json").write_text(json.dumps({"evaluated_on": "test", "generations": rows}))
+    which = ["--ensemble"] if name.startswith("ensemble") else []
+    line = refused(capsys, 2, run, "--format=safetensors", "--images=1", *which)
+    assert re.search(r"results\.json: is damaged \(.*\): start the run's own command again", line)
+    assert not (run / "export").exists()
+
+
+def test_random_images_are_so_many_at_most(plain_run):
+    found = images_of(subject_of_run(plain_run), 100_000_000_000)
+    assert (len(found), found.what) == (MOST_RANDOM, "random images")
+
+
+def test_folders_of_other_names_are_no_generations(capsys, tmp_path, plain_run):
+    run = tmp_path / "run"
+    shutil.copytree(plain_run, run)
+    for name in ("generation_old", "generation_1.bak", "generation_", "generation_01"):
+        shutil.copytree(plain_run / "generation_0", run / name)
+    (run / "generation_3").symlink_to("nowhere")
+    _, card = exported(capsys, *export_weights(run, tmp_path / "out"))
+    assert card["generation"] == 2
+    assert trained_in(run) == {number: run / f"generation_{number}" / "model.safetensors" for number in range(3)}
+    # What `evaluate` measures, by the names it tells.
+    assert [name for name, _ in _networks_of(run)] == ["generation 0", "generation 1", "generation 2"]
+
+
 # What is refused, and what is left.
 
 
@@ -515,6 +566,10 @@ def plain_run(tmp_path_factory):
         (["{run}", "--input=jpeg"], "invalid choice: 'jpeg'"),
         (["{run}", "--opset=17"], "--opset=17: give 18 to "),
         (["{run}", "--opset=99"], "--opset=99: give 18 to "),
+        (["{run}", "--to="], "--to: is empty: name a folder"),
+        (["{run}", "--to", ""], "--to: is empty: name a folder"),
+        (["{run}", "--ensemble", "--ensemble=1..2"], "--ensemble is given twice: keep one"),
+        (["{run}", "--ensemble", "1..2", "--ensemble"], "--ensemble is given twice: keep one"),
         (["{run}", "--images=0"], "'0' is below 1"),
         (["{run}", "--to={tmp}/a/b"], "a is not there: make it first"),
         (["{run}", "--to={run}/recipe.yaml"], "is a file: name a folder"),
@@ -595,7 +650,6 @@ def export_weights(plain_run, folder, *more):
 def test_files_are_replaced_only_where_that_is_asked_for(capsys, tmp_path, plain_run):
     words = export_weights(plain_run, tmp_path)
     files, _ = exported(capsys, *words)
-    (tmp_path / "generation_2.onnx").write_bytes(b"of an older export")
     (tmp_path / "generation_20.safetensors").write_bytes(b"of another one")
     files["generation_2.safetensors"].write_bytes(b"changed")
     assert "generation_2.json: is there already: give --force" in refused(capsys, 2, *words)
@@ -603,12 +657,44 @@ def test_files_are_replaced_only_where_that_is_asked_for(capsys, tmp_path, plain
     files["generation_2.md"].unlink()
     assert "generation_2.safetensors: is there already: give --force" in refused(capsys, 2, *words)
     assert files["generation_2.safetensors"].read_bytes() == b"changed"
+    (tmp_path / "generation_2.onnx").write_bytes(b"of an older export")
     exported(capsys, *words, "--force")
     assert len(load_file(files["generation_2.safetensors"])) > 10
     kept = {"generation_20.safetensors", *files}
     assert {path.name for path in tmp_path.iterdir()} == kept
     # Another generation lies beside it.
     exported(capsys, *words, "--generation=0")
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--format=safetensors"], "generation_2.onnx"),
+        (["--format=onnx"], "generation_2.safetensors"),
+        (["--format=onnx", "--ensemble=0..1"], "ensemble_0-1.generation_0.safetensors"),
+        (["--format=safetensors", "--ensemble=0..1"], "ensemble_0-1.generation_9.safetensors"),
+        (["--format=safetensors"], "generation_2.md"),
+    ],
+)
+def test_a_file_that_would_be_removed_is_refused(capsys, tmp_path, monkeypatch, plain_run, words, name):
+    monkeypatch.setattr(onnx_file, "to_onnx", lambda subject, given, opset: b"")
+    # Even a link to nothing is a person's own.
+    (tmp_path / name).symlink_to(tmp_path / "away")
+    line = refused(capsys, 2, plain_run, *words, f"--to={tmp_path}", "--images=1")
+    assert f"{name}: is there already: give --force" in line
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_that_came_during_the_work_is_kept(capsys, tmp_path, monkeypatch, plain_run):
+    to_weights = weights_file.to_weights
+
+    def meanwhile(subject, member):
+        (tmp_path / "generation_2.onnx").write_bytes(b"of another")
+        return to_weights(subject, member)
+
+    monkeypatch.setattr(weights_file, "to_weights", meanwhile)
+    assert "generation_2.onnx: is there already" in refused(capsys, 2, *export_weights(plain_run, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["generation_2.onnx"]
 
 
 def test_a_stop_between_renames_leaves_no_card(capsys, tmp_path, monkeypatch, plain_run):
@@ -650,9 +736,57 @@ def test_a_signal_leaves_nothing(capsys, tmp_path, monkeypatch, plain_run, numbe
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.usefixtures("_signals_are_heard")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("then", ["an error", "a file"])
+def test_a_signal_that_the_exporter_swallows_ends_the_work(capsys, tmp_path, monkeypatch, plain_run, number, then):
+    """torch catches all that is raised in its tracing: it goes on, or ends with an error of its own."""
+    heard = []
+
+    def swallowing(*words, **options):
+        for _ in range(2):
+            try:
+                signal.raise_signal(number)
+            except BaseException as error:  # noqa: BLE001 (as torch does)
+                heard.append(type(error).__name__)
+        if then == "an error":
+            raise RuntimeError("Failed to export the model")
+        return SimpleNamespace(model_proto=onnx.ModelProto())
+
+    monkeypatch.setattr(torch.onnx, "export", swallowing)
+    monkeypatch.setattr(onnx_file, "_forget_places", lambda model: model.opset_import.add(domain="", version=18))
+    monkeypatch.setattr(onnx_file, "run_onnx", lambda *words: pytest.fail("the work went on"))
+    line = refused(capsys, 128 + number, plain_run, "--format=onnx", "--images=1", f"--to={tmp_path / 'out'}")
+    assert line == f"fastgen: stopped by {number.name}"
+    # The second one is heard, too, as the first one ended nothing.
+    assert heard == ["_Signal", "_Signal"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_signals_are_heard")
+def test_a_signal_does_not_break_off_tidying_up_or_putting_in_place(capsys, tmp_path, monkeypatch, plain_run):
+    replace_file, remove = os.replace, shutil.rmtree
+
+    def during(work):
+        def whole(*words, **options):
+            signal.raise_signal(signal.SIGINT)
+            return work(*words, **options)
+
+        return whole
+
+    def while_put_in_place(source, target):
+        # Not of the stage, where writing is yet to be ended by a signal.
+        return (during(replace_file) if Path(target).parent == tmp_path else replace_file)(source, target)
+
+    monkeypatch.setattr(os, "replace", while_put_in_place)
+    monkeypatch.setattr(shutil, "rmtree", during(remove))
+    files, _ = exported(capsys, *export_weights(plain_run, tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == set(files)
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(capsys, tmp_path, monkeypatch, plain_run):
     def full(stage, name, content):
-        raise OSError(errno.ENOSPC, "No space left on device", str(stage / name))
+        raise OSError(errno.ENOSPC, "No space left on device", str(stage.path / name))
 
     monkeypatch.setattr(export, "write", full)
     line = refused(capsys, 1, *export_weights(plain_run, tmp_path / "out"))

@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> None:
         NotReady: training is not possible, or something that is required is not ok.
     """
     options = _parser().parse_args(words)
-    signal.signal(signal.SIGTERM, _ended)
+    _end_by_signals()
     findings = run_trials(TRIALS, options.runs, options.limit_seconds, Progress().told)
     failures = failures_of(findings, options.require)
     if options.json:
@@ -120,8 +120,17 @@ def progress_line(found: Sequence[str], running: Sequence[str], seconds: float) 
     return f"tried {len(found)} of {len(TRIALS)}, {rate:.1f} a second{left}; now {', '.join(running)}"
 
 
+def _end_by_signals() -> None:
+    """SIGTERM, and SIGHUP where `nohup` has not had it ignored, end the command as an exit does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _ended)
+
+
 def _ended(number: int, frame: object) -> NoReturn:
-    """Ends by SIGTERM as by an exit, so that what was started is ended, too."""
+    """What was started is ended, too, and another signal does not break that off."""
+    for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
     sys.exit(128 + number)
 
 

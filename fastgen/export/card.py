@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def measured_by(run: Path, subject: Subject) -> dict[str, Any] | None:
     results = read_json(path)
     try:
         return _row_of(results, subject)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: is damaged ({error!r}): start the run's own command again") from None
 
 
@@ -50,13 +51,22 @@ def _row_of(results: Mapping[str, Any], subject: Subject) -> dict[str, Any] | No
     if nodes != [member.node for member in subject.members]:
         return None
     last = found[-1] or {}
-    on = {"part": results["evaluated_on"], "images": last["samples_evaluated"]}
+    on = {"part": str(results["evaluated_on"]), "images": _number(last, "samples_evaluated")}
     if not subject.is_ensemble:
-        return on | {name: last.get(name) for name in ("top1_error", "top5_error", "nll", "ece")}
+        likely = {name: None if last.get("nll") is None else _number(last, name) for name in ("nll", "ece")}
+        return on | {name: _number(last, name) for name in ("top1_error", "top5_error")} | likely
     if subject.members[0].generation != 0 or last.get("ensemble_top1_error") is None:
         # Runs measure ensembles of all generations from the first on.
         return None
-    return on | {name: last[f"ensemble_{name}"] for name in ("top1_error", "top5_error")}
+    return on | {name: _number(last, f"ensemble_{name}") for name in ("top1_error", "top5_error")}
+
+
+def _number(row: Mapping[str, Any], name: str) -> float:
+    value = row[name]
+    # The card's JSON has finite numbers alone.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}")
+    return value
 
 
 def card_of(

@@ -25,7 +25,7 @@ from fastgen.export import card, onnx_file, weights_file
 from fastgen.export.check import Agreement, Reference, agreement, passes_of, reference_of
 from fastgen.export.images import Images, images_of
 from fastgen.export.onnx_file import INPUTS, OLDEST_OPSET, Input
-from fastgen.export.place import put_in_place, require_free, staged, write
+from fastgen.export.place import Stage, put_in_place, require_free, staged, write
 from fastgen.export.subject import Subject, chosen, load_subject, stem_of, whole_ensemble
 from fastgen.progress import Display, PatientConsole
 from fastgen.source import Source, open_source
@@ -71,11 +71,9 @@ def main(words: Sequence[str]) -> None:
         onnx_file.require_opset(asked.opset)
     source = open_source(arguments.run, None, overrides, COMMAND)
     generations = chosen(source, arguments.generation, _range(arguments.ensemble, source))
-    # Before any work: most files are named after the generations alone.
-    require_free(asked.folder, _card_names(stem_of(generations)), asked.force)
-    subject = load_subject(source, generations)
-    require_free(asked.folder, _file_names(subject, asked.formats), asked.force)
-    for line in export(subject, asked, run):
+    # Before any work.
+    _require_free(asked, stem_of(generations))
+    for line in export(load_subject(source, generations), asked, run):
         print(line)
 
 
@@ -109,6 +107,8 @@ def export(subject: Subject, asked: Asked, run: Path) -> list[str]:
         json_name, text_name = _card_names(subject.stem)
         write(stage, json_name, card.as_json(content))
         write(stage, text_name, card.as_text(content, subject, asked.given))
+        # Others may have put files there since.
+        _require_free(asked, subject.stem)
         put_in_place(stage, asked.folder, subject.stem, [*files, text_name], json_name)
     return [
         *_told(images, reference, agreements),
@@ -117,7 +117,7 @@ def export(subject: Subject, asked: Asked, run: Path) -> list[str]:
 
 
 def _export_onnx(
-    subject: Subject, asked: Asked, stage: Path, images: Images, reference: Reference, files: dict[str, bytes]
+    subject: Subject, asked: Asked, stage: Stage, images: Images, reference: Reference, files: dict[str, bytes]
 ) -> Agreement:
     name = f"{subject.stem}.onnx"
     files[name] = onnx_file.to_onnx(subject, asked.given, asked.opset)
@@ -126,7 +126,7 @@ def _export_onnx(
 
 
 def _export_weights(
-    subject: Subject, stage: Path, images: Images, reference: Reference, files: dict[str, bytes]
+    subject: Subject, stage: Stage, images: Images, reference: Reference, files: dict[str, bytes]
 ) -> Agreement:
     found: list[Tensor] = []
     for member in subject.members:
@@ -152,15 +152,15 @@ def _card_names(stem: str) -> tuple[str, str]:
     return f"{stem}.json", f"{stem}.md"
 
 
-def _file_names(subject: Subject, formats: Sequence[str]) -> list[str]:
-    names = [f"{subject.stem}.onnx"] if "onnx" in formats else []
-    if "safetensors" in formats:
-        names += [weights_file.weights_name(subject, member) for member in subject.members]
-    return names
+def _require_free(asked: Asked, stem: str) -> None:
+    require_free(asked.folder, stem, _card_names(stem), asked.force)
 
 
 def _asked(arguments: Any, run: Path) -> Asked:
     given: Input = arguments.input or "pixels"
+    if arguments.to == "":
+        # As of a variable that is not set; it would mean the current folder.
+        raise UserError("--to: is empty: name a folder")
     folder = run / "export" if arguments.to is None else Path(arguments.to)
     if "onnx" not in arguments.format:
         for name, value in (("--input", arguments.input), ("--opset", arguments.opset)):
@@ -209,8 +209,8 @@ def _read(words: Sequence[str]) -> tuple[Any, list[str]]:
         help="of the ONNX file: pixels 0..255 in uint8 (default), the same in float32, or what the network takes",
     )  # fmt: skip
     parser.add_argument("--opset", type=int, help=f"version of ONNX's operators; default {OLDEST_OPSET}")
-    parser.add_argument("--images", type=at_least_one, default=64, help="how many to check the files with; default 64")
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("--images", type=at_least_one, default=64, help="how many to check with; default 64")
+    parser.add_argument("--force", action="store_true", help="replace an export that is there, all its formats")
     if "--help" in words or "-h" in words:
         parser.epilog = (
             "Any setting of the run's recipe can be overridden as --section.key=value: data.root, if it moved."
@@ -219,9 +219,15 @@ def _read(words: Sequence[str]) -> tuple[Any, list[str]]:
     if not words or words[0].startswith("-"):
         raise UserError(f"usage: {USAGE} (--help lists all arguments)")
     joined = _with_ranges(words[1:])
+    _require_once(joined, "--ensemble")
     flags = [word for word in joined if word.partition("=")[0] in ("--ensemble", "--force")]
     own, overrides = split_words([word for word in joined if word not in flags], NAMES)
     return parser.parse_args([words[0], *own, *flags]), overrides
+
+
+def _require_once(words: Sequence[str], name: str) -> None:
+    if sum(word.partition("=")[0] == name for word in words) > 1:
+        raise UserError(f"{name} is given twice: keep one")
 
 
 def _with_ranges(words: Sequence[str]) -> list[str]:

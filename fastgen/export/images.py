@@ -16,6 +16,8 @@ from fastgen.export.subject import Subject
 from fastgen.measuring import EVALUATION_BATCH
 
 CPU = torch.device("cpu")
+# They are all alike, and some 150 MB at 224 px.
+MOST_RANDOM = 1024
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def images_of(subject: Subject, count: int) -> Images:
     """Images of the run's evaluation set, spread evenly over it; random ones where it cannot be read, with the reason.
 
     Args:
-        count: how many; all where there are fewer.
+        count: how many; all where there are fewer. Random ones: MOST_RANDOM at most.
     """
     recipe = _plain(subject.recipe)
     if recipe.data.backend == "synthetic":
@@ -80,6 +82,6 @@ def _own(recipe: Recipe, dataset: Dataset, count: int) -> Images:
 
 
 def _random(subject: Subject, count: int, why: str) -> Images:
-    shape = (count, subject.facts.channels, subject.view.side_px, subject.view.side_px)
+    shape = (min(count, MOST_RANDOM), subject.facts.channels, subject.view.side_px, subject.view.side_px)
     pixels_NCHW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return Images(pixels_NCHW, "random images", None, why)

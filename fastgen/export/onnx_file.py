@@ -188,7 +188,7 @@ def _traced(graph: Graph, subject: Subject, given: Input, opset: int) -> Any:
     except MemoryError:
         raise
     except Exception as error:
-        # torch wraps whatever a network does that it cannot trace.
+        # torch wraps whatever a network does that it cannot trace; of a signal `place.staged` knows.
         raise UserError(
             f"{subject.stem}: torch.onnx cannot export {type(subject.members[0].model).__name__} in opset {opset} "
             f"({_first_line(error)}): give --format=safetensors"

@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -25,13 +26,57 @@ from fastgen.stop import heeded
 class _Signal(BaseException):
     """Ends the work at once; not an Exception, which libraries catch and go on from."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
+
+class Ending:
+    """What a signal asks for: the end of the work, wherever it is.
+
+    Libraries catch even what is no Exception, or make one of it, so the request is noted, too, and holds until it is
+    met.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._deaf = False
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        """Handler of the signals. Each of them ends the work anew, as the one before may have been swallowed."""
+        if self._deaf:
+            return
+        if self._number is None:
+            self._number = number
+        raise _Signal
+
+    def ignore(self) -> None:
+        """From here on signals are not heard: tidying up, and putting in place, shall not be broken off."""
+        self._deaf = True
+
+    def check(self) -> None:
+        """Raises Stopped if a signal came."""
+        if self._number is not None:
+            raise Stopped(self._number)
 
 
-def require_free(folder: Path, names: Sequence[str], force: bool) -> None:
-    """Checks that files can be put there.
+@dataclass(frozen=True)
+class Stage:
+    """Where files are until all of them are checked.
+
+    Attributes:
+        path: a folder.
+        ending: tells whether a signal came.
+    """
+
+    path: Path
+    ending: Ending
+
+
+def require_free(folder: Path, stem: str, cards: Sequence[str], force: bool) -> None:
+    """Checks that an export can be put there: it replaces all files of its stem, those of the other format, too.
+
+    Args:
+        folder: where it goes.
+        stem: of its files' names.
+        cards: their names.
+        force: whether files that are there may be replaced.
 
     Raises:
         UserError: there is no folder to make it in; or a file of these names is there, and may not be replaced.
@@ -40,13 +85,13 @@ def require_free(folder: Path, names: Sequence[str], force: bool) -> None:
         raise UserError(f"--to={folder}: is a file: name a folder")
     if not folder.parent.is_dir():
         raise UserError(f"--to={folder}: {folder.parent} is not there: make it first, or name another")
-    there = [name for name in names if (folder / name).exists()]
+    there = [path for path in [*(folder / name for name in cards), *_networks(folder, stem)] if os.path.lexists(path)]
     if there and not force:
-        raise UserError(f"{folder / there[0]}: is there already: give --force to replace it, or --to=FOLDER")
+        raise UserError(f"{there[0]}: is there already: give --force to replace all of {stem}, or --to=FOLDER")
 
 
 @contextmanager
-def staged(folder: Path, stem: str) -> Iterator[Path]:
+def staged(folder: Path, stem: str) -> Iterator[Stage]:
     """An empty folder in the target folder, on the same file system; gone at the end, however that comes.
 
     What a killed process of this host has left of the same export is removed, too.
@@ -60,42 +105,40 @@ def staged(folder: Path, stem: str) -> Iterator[Path]:
         UserError: nothing may be written there.
         Stopped: a signal came.
     """
-    made = not folder.exists()
-    try:
-        with _ending_at_once(), _told_of(folder):
-            folder.mkdir(exist_ok=True)
-            _remove_left_over(folder, stem)
-            stage = folder / f".{stem}.{socket.gethostname()}-{os.getpid()}.partial"
-            stage.mkdir()
-            try:
-                yield stage
-            finally:
-                shutil.rmtree(stage)
-    finally:
-        if made:
-            # Not where something is in it: this export, or another one's.
-            with suppress(OSError):
-                folder.rmdir()
+    with _ending_at_once() as ending, _told_of(folder), _made(folder, ending):
+        _remove_left_over(folder, stem)
+        path = folder / f".{stem}.{socket.gethostname()}-{os.getpid()}.partial"
+        path.mkdir()
+        try:
+            yield Stage(path, ending)
+        finally:
+            ending.ignore()
+            shutil.rmtree(path)
 
 
-def put_in_place(stage: Path, folder: Path, stem: str, names: Sequence[str], card: str) -> None:
+def put_in_place(stage: Stage, folder: Path, stem: str, names: Sequence[str], card: str) -> None:
     """Renames checked files to their places.
 
     Args:
         stage: where they are.
-        folder: where they go; what an older export of the same stem had there and this one has not, is removed.
+        folder: where they go; what an older export of the same stem had there and this one has not, is removed: see
+            `require_free`.
         stem: of their names.
         names: of all files but the card.
         card: its name; it is the last to come.
+
+    Raises:
+        Stopped: a signal came before; one that comes now is not heard.
     """
+    stage.ending.ignore()
+    stage.ending.check()
     # An old card does not speak of new files.
     (folder / card).unlink(missing_ok=True)
-    older = [folder / f"{stem}.onnx", folder / f"{stem}.safetensors", *folder.glob(f"{stem}.generation_*.safetensors")]
-    for path in older:
+    for path in _networks(folder, stem):
         if path.name not in names:
             path.unlink(missing_ok=True)
     for name in [*names, card]:
-        os.replace(stage / name, folder / name)
+        os.replace(stage.path / name, folder / name)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -103,10 +146,35 @@ def put_in_place(stage: Path, folder: Path, stem: str, names: Sequence[str], car
         os.close(descriptor)
 
 
-def write(stage: Path, name: str, content: bytes) -> Path:
-    """Writes a file, through to the disk."""
-    write_atomically(stage / name, content)
-    return stage / name
+def _networks(folder: Path, stem: str) -> list[Path]:
+    """Where an export of this stem has its networks, in any format."""
+    return [folder / f"{stem}.onnx", folder / f"{stem}.safetensors", *folder.glob(f"{stem}.generation_*.safetensors")]
+
+
+def write(stage: Stage, name: str, content: bytes) -> Path:
+    """Writes a file, through to the disk.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    stage.ending.check()
+    write_atomically(stage.path / name, content)
+    return stage.path / name
+
+
+@contextmanager
+def _made(folder: Path, ending: Ending) -> Iterator[None]:
+    """A folder that is there; where it was not and nothing is put in it, it is gone at the end."""
+    made = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        ending.ignore()
+        if made:
+            # Not where something is in it: this export, or another one's.
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @contextmanager
@@ -127,25 +195,22 @@ def _cannot_write(kind: type[FastgenError], folder: Path, error: OSError) -> Fas
 
 
 @contextmanager
-def _ending_at_once() -> Iterator[None]:
+def _ending_at_once() -> Iterator[Ending]:
     """A signal ends the work where it is, and not the process before it has tidied up."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        # One request may come as several signals, and tidying up shall not be broken off.
-        for other in heeded():
-            signal.signal(other, signal.SIG_IGN)
-        raise _Signal(number)
-
+    ending = Ending()
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may set handlers.
-        yield
+        yield ending
         return
-    before = {number: signal.signal(number, end) for number in heeded()}
+    before = {number: signal.signal(number, ending.hear) for number in heeded()}
     try:
-        yield
-    except _Signal as caught:
-        raise Stopped(caught.number) from None
+        yield ending
+    except BaseException:
+        # Whatever a library made of the signal.
+        ending.check()
+        raise
     finally:
+        ending.ignore()
         for number, handler in before.items():
             signal.signal(number, handler)
 
