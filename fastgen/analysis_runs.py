@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgen.config import hash_of
+from fastgen.config import Recipe, hash_of
 from fastgen.errors import UserError
 from fastgen.nodes import read_json
 from fastgen.recipe import load_text
+from fastgen.run_forms import analysis_is_whole, environment_is_whole, hash_in_plan, results_are_whole
 
 # Version of analysis.json: raised whenever what it tells gets another meaning.
 ANALYSIS_FORMAT = 1
@@ -24,11 +25,8 @@ ANALYSIS_FILE = "analysis.json"
 # Of a row of results.json; the rest of a row is made here.
 TOLD = ("top1_error", "ensemble_top1_error", "nll", "ece", "mean_confidence", "mean_label_confidence", "topk_share")
 TIMES = ("seconds_alone", "seconds_together")
-# Without these, results.json is damaged.
-ABOUT_RUN = ("dataset", "model", "evaluated_on", "train_images")
-ABOUT_NETWORK = (
-    "generation", "role", "node", "top1_error", "top5_error", "samples_evaluated", "train_seconds", "wall_seconds",
-)  # fmt: skip
+# Where environment.json does not tell.
+UNKNOWN_DEVICE = "an unknown device"
 LAST_MEMBERS = "last_members_top1_error"
 
 
@@ -75,20 +73,35 @@ def read_run(folder: Path) -> RunRecord:
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder}: no generation is measured yet (it has no results.json): train it first")
     results = read_json(folder / "results.json")
-    _require_whole(folder / "results.json", results)
-    plan = _read_list(folder / "plan.json")
-    recipe = load_text((folder / "recipe.yaml").read_text(), str(folder / "recipe.yaml"))
-    device = read_json(folder / "environment.json")["device"]
-    data = plan[0]["identity"]["data"]["hash"]
+    if not results_are_whole(results):
+        raise _damaged(folder / "results.json", "no whole results")
+    data = hash_in_plan(_read_list(folder / "plan.json"))
+    if data is None:
+        raise _damaged(folder / "plan.json", "no whole plan")
+    recipe = _read_recipe(folder / "recipe.yaml")
+    device = read_environment(folder).get("device", UNKNOWN_DEVICE)
     return RunRecord(folder, recipe.as_dict(), _key(recipe.identity()), results, data, device)
 
 
-def _require_whole(path: Path, results: Mapping[str, Any]) -> None:
-    """A file may be JSON and yet hold no results."""
-    rows = results.get("generations")
-    named = all(name in results for name in ABOUT_RUN) and isinstance(rows, list) and len(rows) > 0
-    if not named or any(name not in row for row in results["generations"] for name in ABOUT_NETWORK):
-        raise UserError(f"{path}: is damaged (no whole results): start the run's own command again")
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: is damaged ({what}): start the run's own command again")
+
+
+def _read_recipe(path: Path) -> Recipe:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, str(error)) from None
+    return load_text(text, str(path))
+
+
+def read_environment(folder: Path) -> Mapping[str, Any]:
+    """What environment.json tells; nothing where it is not there or damaged: no result depends on it."""
+    try:
+        found = read_json(folder / "environment.json")
+    except UserError:
+        return {}
+    return found if environment_is_whole(found) else {}
 
 
 def _read_list(path: Path) -> list[Any]:
@@ -98,9 +111,9 @@ def _read_list(path: Path) -> list[Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file: start the run's own command again") from None
     except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error}): start the run's own command again") from None
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{path}: is damaged (no list of generations): start the run's own command again")
+        raise _damaged(path, str(error)) from None
+    if not isinstance(value, list):
+        raise _damaged(path, "no list of generations")
     return value
 
 
@@ -168,19 +181,19 @@ def rows_of(run: RunRecord) -> list[dict[str, Any]]:
 
 
 def read_analysis(run: RunRecord) -> dict[str, Any] | None:
-    """What `--analyse` wrote for this run; None: it did not, or of other networks or samples than results.json."""
+    """What `--analyse` wrote for this run; None: it did not, or not of these very networks and samples, or not all."""
     path = run.folder / ANALYSIS_FILE
     found = read_json(path) if path.is_file() else None
     if found is None or found.get("format") != ANALYSIS_FORMAT:
         return None
-    return found if describes(found, run) else None
+    return found if analysis_is_whole(found) and describes(found, run) else None
 
 
 def describes(content: Mapping[str, Any], run: RunRecord) -> bool:
     """Whether an analysis is of the very networks and evaluation samples that results.json tells of."""
-    nodes = [row["node"] for row in content["generations"]]
+    networks = [(row["generation"], row["node"]) for row in content["generations"]]
     on = content["dataset"], content["evaluated_on"]["part"], content["evaluated_on"]["samples"]
-    return on == run.evaluation and nodes == [row["node"] for row in run.results["generations"]]
+    return on == run.evaluation and networks == [(row["generation"], row["node"]) for row in run.results["generations"]]
 
 
 def by_recipe(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:

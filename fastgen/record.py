@@ -129,11 +129,16 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """Events of a run folder; none where there is no events.jsonl. Halves of lines, which kills leave, are left out."""
+    """Events of a run folder; none where there is no events.jsonl.
+
+    What is no event is left out: halves of lines, which kills leave, and whatever else has no `event`.
+    """
     path = folder / "events.jsonl"
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-            yield json.loads(line)
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("event"), str):
+                yield found
 
 
 class Recorder:

@@ -274,7 +274,7 @@ def test_one_seed_tells_nothing_apart(report_runs, tmp_path):
 
 def test_without_plain_runs_students_stand_beside_their_patriarch(report_runs):
     document = document_of(report_runs, *names("tolerant"))
-    assert "not beside plain networks of that generation" in plain(document.headline)
+    assert "nothing is said of plain networks of that generation" in plain(document.headline)
     assert any("Give plain runs too" in plain(line) for line in document.details)
     table = next(table for table in document.tables() if table.name == "differences")
     runs = [rows_of(report_runs / name) for name in names("tolerant")]
@@ -446,6 +446,7 @@ def test_all_forms_tell_the_same(written_report, whole):
 def test_another_process_writes_the_same_bytes(written_report, whole, report_runs, tmp_path, run_command):
     again = tmp_path / "again"
     (again / "figures").mkdir(parents=True)
+    (again / "report.html").write_text("<p>Made by fastgen.report; ...")
     (again / "figures" / "training-7.png").write_bytes(b"of an earlier report")
     ended = run_command([report_runs, "--to", again], module="fastgen.report")
     assert (ended.code, ended.err) == (0, "")
@@ -564,14 +565,17 @@ def test_mistakes_are_one_line(report_runs, tmp_path, capfd):
         ("results.json", "{}", "is damaged"),
         ("results.json", '{"dataset": "digits", "generations": []}', "is damaged"),
         ("plan.json", "{}", "is damaged"),
-        ("environment.json", "not json", "is damaged"),
+        ("plan.json", "[1, 2]", "is damaged"),
+        ("plan.json", '[{"index": 0, "train": true}]', "is damaged"),
+        ("plan.json", '[{"index": 0, "identity": {"data": {"hash": "a"}}}]', "is damaged"),
+        ("recipe.yaml", b"# n\xfc", "is damaged"),
         ("recipe.yaml", "run: [", "is not valid YAML"),
         ("analysis.json", "{", "is damaged"),
     ],
 )
 def test_a_damaged_file_is_named(report_runs, tmp_path, capfd, name, content, expected):
     here = copied(report_runs, tmp_path / "x", "tolerant_0")
-    (here / "tolerant_0" / name).write_text(content)
+    (here / "tolerant_0" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     code, line = refused(capfd, here, f"--to={tmp_path / 'to'}")
     assert code == 2
     assert name in line
@@ -603,6 +607,6 @@ def test_a_folder_that_may_not_be_written_to_is_told(report_runs, tmp_path, capf
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("fastgen.report.files.write_atomically", full)
+    monkeypatch.setattr("fastgen.report.place.write_atomically", full)
     code, line = refused(capfd, report_runs / "tolerant_0", "--samples=0", f"--to={tmp_path / 'to'}")
     assert (code, "No space left on device" in line) == (1, True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image, ImageColor
+
+from fastgen.report.style import palette
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LOOKS = [(400, "light"), (400, "dark"), (1400, "light"), (1400, "dark")]
@@ -184,4 +188,24 @@ def test_dark_is_dark_and_paper_is_white(browser, report):
     assert page.evaluate(ground) == "rgb(255, 255, 255)"
     pages = page.pdf(format="A4")
     assert pages.startswith(b"%PDF")
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_shade_says_that_a_table_goes_on(browser, report, scheme):
+    page = browser.new_page(viewport={"width": 400, "height": 900}, color_scheme=scheme)
+    page.goto(report.as_uri())
+    table = page.locator("#table-confidence .scroll")
+    assert table.evaluate("e => e.scrollWidth > e.clientWidth + 60")
+    ground = ImageColor.getrgb(palette()["ground"][scheme == "dark"])
+
+    def is_shaded():
+        """Whether the right edge, below the table's last line of text, is darker or lighter than the ground."""
+        picture = Image.open(io.BytesIO(table.screenshot())).convert("RGB")
+        colours = [picture.getpixel((picture.width - 2, y)) for y in range(picture.height // 2, picture.height - 4)]
+        return max(abs(a - b) for a, b in zip(max(colours, key=colours.count), ground, strict=True)) > 12
+
+    assert is_shaded()
+    table.evaluate("e => e.scrollTo(e.scrollWidth, 0)")
+    assert not is_shaded()
     page.close()

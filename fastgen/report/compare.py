@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from fastgen.probe import told_apart
 from fastgen.report.groups import TOLD, Group, differing
+from fastgen.report.runs import Seed
 from fastgen.report.stats import Difference, difference_of
 
 TESTED = ("top1_error", "ensemble_top1_error")
@@ -40,6 +41,23 @@ class Contrast:
     same_networks: bool
     tested: bool = False
     apart: bool = False
+
+    @property
+    def paired(self) -> tuple[list[float], list[float]]:
+        """Values of both under the seeds that both have, which the difference is of."""
+        own, other = self._values()
+        seeds = [seed for seed in own if seed in other]
+        return [own[seed] for seed in seeds], [other[seed] for seed in seeds]
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether one of both has a seed that the other has not."""
+        own, other = self._values()
+        return own.keys() != other.keys()
+
+    def _values(self) -> tuple[dict[Seed, float], dict[Seed, float]]:
+        own = self.group.values(self.measure, self.generation)
+        return own, self.baseline.values(self.measure, self.baseline_generation)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastgen.report.advice import to_analyse
 from fastgen.report.compare import Comparison, compare
-from fastgen.report.document import Block, Document, Paragraph, Section, Words, code, words
+from fastgen.report.document import Block, Document, Paragraph, Section, words
 from fastgen.report.figures import (
-    analysed,
     calibration_figure,
     confidence_figure,
     curve_figures,
@@ -122,21 +122,17 @@ def _confidence(groups: Sequence[Group]) -> tuple[Block, ...]:
 def _scores(groups: Sequence[Group]) -> tuple[Block, ...]:
     figure = score_figure(groups)
     if figure is None:
-        return (Paragraph(_to_analyse(groups)),)
+        return (_not_drawn(groups),)
     return figure, *second_best_figures(groups)
 
 
 def _calibration(groups: Sequence[Group]) -> tuple[Block, ...]:
     figure = calibration_figure(groups)
-    drawn = (figure,) if figure is not None else (Paragraph(_to_analyse(groups)),)
+    drawn = (figure,) if figure is not None else (_not_drawn(groups),)
     return (*drawn, calibration_table(groups, _images(groups)))
 
 
-def _to_analyse(groups: Sequence[Group]) -> Words:
+def _not_drawn(groups: Sequence[Group]) -> Paragraph:
     """What makes the figures that are left out."""
-    lacking = [group for group in groups if analysed(group) is None]
-    folder = lacking[0].runs[0].record.folder
-    return words(
-        "Not drawn: no run is analysed. This makes what is needed, of one seed of each recipe: ",
-        code(f"python -m fastgen.evaluate {folder} --analyse"),
-    )
+    each = "This makes" if len(groups) == 1 else "These make, one a recipe,"
+    return Paragraph(words(f"Not drawn: no run is analysed. {each} what is needed: ", *to_analyse(groups)))

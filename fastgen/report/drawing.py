@@ -10,6 +10,7 @@ import html
 import io
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ def png(figure: Figure) -> bytes:
             axis.set_axis_off()
         handles = [_handle(key) for key in figure.keys]
         if handles:
-            names = [textwrap.fill(key.name, 60) for key in figure.keys]
+            names = [_literal(textwrap.fill(key.name, 60)) for key in figure.keys]
             canvas.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
         buffer = io.BytesIO()
         canvas.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
@@ -122,7 +123,10 @@ def _settings(salt: str) -> Iterator[None]:
                 "svg.hashsalt": salt,
             }
         )
-        yield
+        with warnings.catch_warnings():
+            # A letter that matplotlib's type lacks is a box in the PNG; in the page the reader's type has it.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            yield
 
 
 def _size(panel: Panel) -> tuple[float, float]:
@@ -143,8 +147,8 @@ def _draw(axis: Axes, panel: Panel) -> None:
         _draw_heat_map(axis, panel)
     else:
         _draw_chart(axis, panel)
-    axis.set_title(textwrap.fill(panel.title, TITLE_LETTERS))
-    axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    axis.set_title(_literal(textwrap.fill(panel.title, TITLE_LETTERS)))
+    axis.set(xlabel=_literal(panel.x_label), ylabel=_literal(panel.y_label))
 
 
 def _draw_chart(axis: Axes, panel: Chart) -> None:
@@ -162,7 +166,11 @@ def _draw_chart(axis: Axes, panel: Chart) -> None:
         axis.set(xlim=(0, 1.02), ylim=(0, 1.02))
     if panel.y_range is not None:
         axis.set_ylim(*panel.y_range)
-    if panel.x_ticks and len(panel.x_ticks) <= 12:
+    places = {x for line in panel.lines for x in line.xs}
+    if len(places) == 1:
+        # Of one epoch: around a single place, ticks would stand at fractions.
+        axis.set_xticks(sorted(places))
+    elif panel.x_ticks and len(panel.x_ticks) <= 12:
         axis.set_xticks(panel.x_ticks)
     elif not panel.square:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -194,8 +202,9 @@ def _draw_heat_map(axis: Axes, panel: HeatMap) -> None:
     if panel.names:
         turned = any(len(name) > 3 for name in panel.names)
         places = range(len(panel.names))
-        axis.set_xticks(places, panel.names, rotation=60 if turned else 0, ha="right" if turned else "center")
-        axis.set_yticks(places, panel.names)
+        names = list(map(_literal, panel.names))
+        axis.set_xticks(places, names, rotation=60 if turned else 0, ha="right" if turned else "center")
+        axis.set_yticks(places, names)
     else:
         axis.set(xticks=[], yticks=[])
 
@@ -204,6 +213,11 @@ def _handle(key: Key) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=_light(key.colour), marker=key.marker or None, linestyle=key.dash or "none")
+
+
+def _literal(text: str) -> str:
+    """Text between two dollars would be read as a formula."""
+    return text.replace("$", r"\$")
 
 
 def _light(name: str) -> str:

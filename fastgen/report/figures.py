@@ -17,6 +17,7 @@ MOST_RECIPES = len(RECIPES)
 # An accuracy of ten images is known within 15 points: smaller bins of a reliability diagram are left out.
 LEAST_BIN_IMAGES = 10
 MOST_NAMES = 20
+NAME_LETTERS = 16
 
 
 def _left_out(groups: Sequence[Group], shown: int) -> str:
@@ -109,18 +110,25 @@ def _curves(number: int, group: Group, colours: Mapping[int, Colour], part: str)
             panels.append(Chart(title, "epoch", label, tuple(lines)))
     if not panels:
         return None
-    seeds = len(group.runs)
     return Figure(
         name=f"training-{number}",
         title=f"Training: {group.name}",
         caption=words(
-            f"{group.name}: means over {seeds} seed{'s' if seeds != 1 else ''}, epoch by epoch. The objectives of "
+            f"{group.name}: means over {_seeds_of_curves(group)}, epoch by epoch. The objectives of "
             "patriarch and students differ, so their losses are not on one scale. Training error is that of the "
             f"augmented views while the network changes; {part} error that of evaluations on the way."
         ),
         panels=tuple(panels),
         keys=_generation_keys(group.generations, colours, marker=""),
     )
+
+
+def _seeds_of_curves(group: Group) -> str:
+    """`3 seeds`; `3 seeds (generation 2: 2)` where later generations are not there of all."""
+    counts = {g: sum(bool(run.histories.get(g)) for run, _ in group.rows(g)) for g in group.generations}
+    most = max(counts.values())
+    fewer = ", ".join(f"generation {g}: {count}" for g, count in counts.items() if 0 < count < most)
+    return f"{most} seed{'s' if most != 1 else ''}{f' ({fewer})' if fewer else ''}"
 
 
 def _training_error(row: Row) -> float | None:
@@ -249,11 +257,16 @@ def _heat_map(content: Mapping[str, Any], found: Mapping[str, Any]) -> HeatMap:
         x_label="second-best class",
         y_label="label",
         values=tuple(tuple(shares[row][column] for column in order) for row in order),
-        names=tuple(names),
+        names=tuple(map(_short_name, names)),
         unit="percent of the label's images",
         breaks=tuple(n for n in range(1, len(order)) if grouped and groups[order[n]] != groups[order[n - 1]]),
         alt=_most_frequent(content, found),
     )
+
+
+def _short_name(name: str) -> str:
+    """As long as there is room for beside a heat map; names of one kind differ at either end."""
+    return name if len(name) <= NAME_LETTERS else f"{name[:9]}…{name[-6:]}"
 
 
 def _most_frequent(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -1,14 +1,14 @@
-"""Writes a report: report.html, report.md, tables.tex, tidy CSV, and its figures as PNG."""
+"""What the files of a report hold: report.html, report.md, tables.tex, tidy CSV, and its figures as PNG."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from fastgen.files import write_atomically
 from fastgen.report.document import (
     Block,
     Code,
@@ -26,9 +26,9 @@ from fastgen.report.document import (
 from fastgen.report.drawing import png
 from fastgen.report.groups import Group
 from fastgen.report.page import page
+from fastgen.report.place import BESIDE, FIGURES, PAGE
 from fastgen.report.stats import DASH, MINUS
 
-FIGURES = "figures"
 MEASURES = (
     "top1_error", "top5_error", "ensemble_top1_error", "ensemble_top5_error", "nll", "ece", "samples_evaluated",
     "train_top1_error", "mean_confidence", "mean_label_confidence", "topk_share", "ideal_confidence",
@@ -44,44 +44,37 @@ _LATEX = {
 }  # fmt: skip
 
 
-def write_report(folder: Path, document: Document, groups: Sequence[Group], done: Callable[[], None]) -> list[Path]:
-    """Writes all files into a folder, which is made.
+def files_of(document: Document, groups: Sequence[Group], done: Callable[[], None]) -> dict[str, bytes]:
+    """Content of all files by name, the page first.
 
     Args:
         done: called after each file.
-
-    Returns:
-        the files, the page first.
-
-    Raises:
-        OSError: the disk is full, or the folder may not be written to.
     """
-    figures = folder / FIGURES
-    figures.mkdir(parents=True, exist_ok=True)
-    written = []
-
-    def write(path: Path, content: bytes) -> None:
-        write_atomically(path, content)
-        written.append(path)
+    files = {}
+    for name, make in _makers(document, groups):
+        files[name] = make()
         done()
+    return files
 
-    write(folder / "report.html", page(document).encode())
-    write(folder / "report.md", markdown(document).encode())
-    write(folder / "tables.tex", latex(document).encode())
-    write(folder / "results.csv", csv_text(result_rows(groups)).encode())
-    write(folder / "history.csv", csv_text(history_rows(groups), ("recipe", "seed")).encode())
+
+def count_of(document: Document) -> int:
+    """How many files `files_of` makes."""
+    return 1 + len(BESIDE) + len(document.figures())
+
+
+def _makers(document: Document, groups: Sequence[Group]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    yield PAGE, lambda: _encoded(page(document))
+    yield "report.md", lambda: _encoded(markdown(document))
+    yield "tables.tex", lambda: _encoded(latex(document))
+    yield "results.csv", lambda: _encoded(csv_text(result_rows(groups)))
+    yield "history.csv", lambda: _encoded(csv_text(history_rows(groups), ("recipe", "seed")))
     for figure in document.figures():
-        write(figures / f"{figure.name}.png", png(figure))
-    for path in figures.glob("*.png"):
-        # Of an earlier report, of other runs.
-        if path not in written:
-            path.unlink()
-    return written
+        yield f"{FIGURES}/{figure.name}.png", partial(png, figure)
 
 
-def files_of(document: Document) -> int:
-    """How many files `write_report` writes."""
-    return 5 + len(document.figures())
+def _encoded(text: str) -> bytes:
+    """Names on a disk need not be UTF-8; files of a report are."""
+    return text.encode(errors="replace")
 
 
 def result_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -149,7 +142,8 @@ def _markdown(block: Block) -> str:
         case Listing():
             return "\n".join(f"- {_markdown_words(item)}" for item in block.items)
         case Code():
-            return f"{_marked(block.title)}:\n\n```\n{block.text.strip()}\n```"
+            fence = "`" * max(3, _longest_run(block.text) + 1)
+            return f"{_marked(block.title)}:\n\n{fence}\n{block.text.strip()}\n{fence}"
         case Table():
             return _markdown_table(block)
         case Figure():
@@ -180,9 +174,17 @@ def _markdown_words(text: Words) -> str:
 
 def _markdown_span(span: Span) -> str:
     if span.style == "code":
-        return f"`{span.text}`"
+        fence = "`" * (_longest_run(span.text) + 1)
+        # Next to a fence, a backtick would be of it.
+        room = " " if len(fence) > 1 else ""
+        return f"{fence}{room}{span.text}{room}{fence}"
     text = _marked(span.text)
     return f"**{text.strip()}**" if span.style == "strong" else text
+
+
+def _longest_run(text: str) -> int:
+    """Of backticks."""
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def _marked(text: str) -> str:

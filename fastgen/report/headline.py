@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fastgen.report.compare import Comparison, Contrast, other_settings
 from fastgen.report.document import Span, Words, code, strong, words
 from fastgen.report.groups import Group
-from fastgen.report.stats import difference_text, p_text, spread_text
+from fastgen.report.stats import difference_text, p_text, spread_of, spread_text
 
 # Of more the tables tell.
 MOST_TOLD, MOST_DETAILS = 3, 6
@@ -20,7 +20,7 @@ def headline(groups: Sequence[Group], comparison: Comparison) -> Words:
     if comparison.within:
         return _within(groups, own_errors)
     if not comparison.tested:
-        return words("Nothing to compare yet: no student stands beside a network of the baseline of its generation.")
+        return words(_nothing_tested(comparison))
     if not apart:
         return words(_nothing_apart(comparison.tested))
     return words(*_all_told(apart), ".")
@@ -34,6 +34,15 @@ def details(groups: Sequence[Group], comparison: Comparison) -> tuple[Words, ...
     left = [words(f"{more} more comparisons are in the tables.")] if more else []
     alone = [] if tested else [_alone(group) for group in groups[:MOST_DETAILS]]
     return (*alone, *shown, *left, *_cautions(groups, comparison))
+
+
+def _nothing_tested(comparison: Comparison) -> str:
+    # Patriarchs are beside each other, too, and no result of students.
+    students = [contrast for contrast in comparison.contrasts if contrast.generation > 0]
+    if not students:
+        return "Nothing to compare yet: no student stands beside a network of the baseline of its generation."
+    last = max(contrast.generation for contrast in students)
+    return f"Nothing to compare: no seed has generation {last} of both recipes."
 
 
 def _nothing_apart(tested: Sequence[Contrast]) -> str:
@@ -88,8 +97,7 @@ def _other(contrast: Contrast) -> str:
 def _detail(contrast: Contrast) -> Words:
     ensemble = contrast.measure.startswith("ensemble")
     what = f"ensemble of generations 0 to {contrast.generation}" if ensemble else f"generation {contrast.generation}"
-    own = spread_text(contrast.group.spread(contrast.measure, contrast.generation))
-    other = spread_text(contrast.baseline.spread(contrast.measure, contrast.baseline_generation))
+    own, other = (spread_text(spread_of(values)) for values in contrast.paired)
     beside = (
         f"its patriarch {other} %" if contrast.group is contrast.baseline else f"{contrast.baseline.name} {other} %"
     )
@@ -98,17 +106,23 @@ def _detail(contrast: Contrast) -> Words:
     text = f"{difference_text(difference)} points"
     told = strong(text) if contrast.apart else text
     p = None if difference is None else difference.p
-    ends = f" over {pairs} pair{'s' if pairs != 1 else ''} ({p_text(p)}, {'' if contrast.apart else 'not '}told apart)."
+    means = ", as are the means" if contrast.leaves_out else ""
+    ends = f" over {_counted(pairs, 'pair')}{means} ({p_text(p)}, {'' if contrast.apart else 'not '}told apart)."
     return words(f"{contrast.group.name}, {what}: {own} % top-1 error, {beside}: ", told, ends)
 
 
 def _alone(group: Group) -> Words:
-    seeds = len(group.runs)
+    own = group.spread("top1_error", group.last)
+    seeds = 0 if own is None else own.count
     return words(
-        f"{group.name}, generation {group.last}: {spread_text(group.spread('top1_error', group.last))} % top-1 error, "
+        f"{group.name}, generation {group.last}: {spread_text(own)} % top-1 error, "
         f"ensemble {spread_text(group.spread('ensemble_top1_error', group.last))} % "
-        f"({seeds} seed{'s' if seeds != 1 else ''})."
+        f"({_counted(seeds, 'seed')})."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _cautions(groups: Sequence[Group], comparison: Comparison) -> list[Words]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastgen.report.advice import to_analyse
 from fastgen.report.compare import Comparison
-from fastgen.report.document import Listing, Words, code, words
+from fastgen.report.document import Listing, Words, words
 from fastgen.report.figures import MOST_RECIPES, analysed
 from fastgen.report.groups import Group
 
@@ -15,7 +16,7 @@ def missing(groups: Sequence[Group], comparison: Comparison, notes: Sequence[str
     items = [
         *(words(note, ".") for note in notes),
         *_unfinished(groups),
-        *_seeds(groups),
+        *_seeds(groups, comparison),
         *_generations(groups, comparison),
         *_unknown(groups),
         *_not_analysed(groups),
@@ -25,16 +26,30 @@ def missing(groups: Sequence[Group], comparison: Comparison, notes: Sequence[str
 
 
 def _unfinished(groups: Sequence[Group]) -> list[Words]:
-    runs = [run for group in groups for run in group.runs if run.lacking]
-    return [words(f"{run.record.name}: {run.lacking}.") for run in runs]
+    told = [
+        (run.record.name, text) for group in groups for run in group.runs for text in (run.lacking, *run.unfit) if text
+    ]
+    return [words(f"{name}: {text}.") for name, text in told]
 
 
-def _seeds(groups: Sequence[Group]) -> list[Words]:
+def _seeds(groups: Sequence[Group], comparison: Comparison) -> list[Words]:
     most = max(len(group.runs) for group in groups)
     lines = [words(f"{group.name}: {len(group.runs)} of {most} seeds.") for group in groups if len(group.runs) < most]
     if most == 1:
         lines.append(words("One seed of each recipe: nothing is known of the noise."))
-    return lines
+    return lines + [line for group in groups for line in _unpaired(group, comparison.baseline_of.get(group.name))]
+
+
+def _unpaired(group: Group, baseline: Group | None) -> list[Words]:
+    """Of what a baseline lacks, nothing can be compared."""
+    if baseline is None:
+        return []
+    there = {run.seed for run in baseline.runs}
+    seeds = [run.seed_name for run in group.runs if run.seed not in there]
+    if not seeds:
+        return []
+    which = f"seed {seeds[0]} has" if len(seeds) == 1 else f"seeds {', '.join(seeds)} have"
+    return [words(f"{group.name}: {which} no run of {baseline.name}.")]
 
 
 def _generations(groups: Sequence[Group], comparison: Comparison) -> list[Words]:
@@ -67,20 +82,14 @@ def _not_analysed(groups: Sequence[Group]) -> list[Words]:
     if not lacking:
         return []
     which = "no run is" if len(lacking) == len(groups) else f"{', '.join(group.name for group in lacking)} not"
-    folder = lacking[0].runs[0].record.folder
-    return [
-        words(
-            f"Scores, second-best classes and reliability: {which} analysed. ",
-            code(f"python -m fastgen.evaluate {folder} --analyse"),
-            " makes them.",
-        )
-    ]
+    ends = f" {'makes' if len(lacking) == 1 else 'make'} them."
+    return [words(f"Scores, second-best classes and reliability: {which} analysed. ", *to_analyse(groups), ends)]
 
 
 def _machines(groups: Sequence[Group]) -> list[Words]:
     runs = [run for group in groups for run in group.runs]
     devices = sorted({run.record.device for run in runs})
-    commits = sorted({str(run.environment.get("commit")) for run in runs})
+    commits = sorted({str(run.environment["commit"]) for run in runs if run.environment})
     lines = []
     if len(devices) > 1:
         lines.append(words(f"Trained on {' and '.join(devices)}: seconds and images/s are not comparable."))

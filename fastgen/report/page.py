@@ -24,6 +24,7 @@ from fastgen.report.document import (
     plain,
 )
 from fastgen.report.drawing import key_svg, svg
+from fastgen.report.place import MAKER
 from fastgen.report.style import sheet
 
 # Nothing may be fetched, whatever the content is.
@@ -59,7 +60,7 @@ def page(document: Document) -> str:
 <main>
 {body}
 </main>
-<footer><p>Made by fastgen.report; the method is that of arXiv 1805.05551.</p></footer>
+<footer><p>{MAKER}; the method is that of arXiv 1805.05551.</p></footer>
 </body>
 </html>
 """

@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgen.analysis_runs import RunRecord, read_analysis, read_run, require_comparable
+from fastgen.analysis_runs import (
+    ANALYSIS_FILE,
+    RunRecord,
+    read_analysis,
+    read_environment,
+    read_run,
+    require_comparable,
+)
 from fastgen.errors import UserError
-from fastgen.nodes import Node, read_json
+from fastgen.nodes import Node
 from fastgen.record import read_events
+from fastgen.run_forms import is_epoch
 
 Row = Mapping[str, Any]
 Seed = tuple[int, int]
@@ -24,9 +32,10 @@ class Run:
     Attributes:
         record: recipe and results.
         analysis: content of analysis.json; None: there is none of these very networks.
-        environment: content of environment.json.
+        environment: content of environment.json; empty: it is damaged, or not there.
         histories: generation -> a row an epoch: `epoch`, `loss`, `accuracy` while training, and errors where evaluated.
         lacking: what of its plan is not measured, and why; empty: nothing.
+        unfit: of files that cannot be used, what they are and what is missing for it.
     """
 
     record: RunRecord
@@ -34,6 +43,7 @@ class Run:
     environment: Mapping[str, Any]
     histories: Mapping[int, Sequence[Row]]
     lacking: str
+    unfit: tuple[str, ...]
 
     @property
     def rows(self) -> Sequence[Row]:
@@ -99,31 +109,61 @@ def _run_folders(place: Path) -> list[Path]:
 
 
 def _read(folder: Path) -> Run:
-    record = read_run(folder)
+    """Reads what is looked at for its form as well, and what is not known to be looked at for what it raises."""
+    try:
+        return _run(folder)
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise UserError(f"{folder}: a file of it is damaged ({error!r}): start the run's own command again") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
+
+
+def _run(folder: Path) -> Run:
+    record, environment = read_run(folder), read_environment(folder)
+    analysis = read_analysis(record)
     return Run(
         record=record,
-        analysis=read_analysis(record),
-        environment=read_json(folder / "environment.json"),
+        analysis=analysis,
+        environment=environment,
         histories={row["generation"]: _history(folder, row) for row in record.results["generations"]},
         lacking=_lacking(record),
+        unfit=_unfit(record, environment, analysis),
     )
+
+
+def _unfit(record: RunRecord, environment: Row, analysis: Row | None) -> tuple[str, ...]:
+    found = []
+    if not environment:
+        found.append("environment.json is damaged or not there: its machine and command are not told")
+    if analysis is None and (record.folder / ANALYSIS_FILE).is_file():
+        found.append(f"{ANALYSIS_FILE} is not of these networks and samples, or damaged, and is left out")
+    return tuple(found)
 
 
 def _history(folder: Path, row: Row) -> Sequence[Row]:
-    """From the node; where that is gone, from the events. The last epoch's network is the one that was measured."""
-    node = Node(folder / f"generation_{row['generation']}")
-    told = (
-        node.facts()["training"].get("history", ())
-        if node.finished
-        else _epochs(read_events(folder), row["generation"])
-    )
+    """From the node, else from the events. The last epoch's network is the one that was measured."""
+    told = _told_by_node(folder, row) or _epochs(read_events(folder), row["generation"])
     errors = {name: row[name] for name in ("top1_error", "top5_error")}
     return [*told[:-1], {**told[-1], **errors}] if told else []
 
 
+def _told_by_node(folder: Path, row: Row) -> Sequence[Row]:
+    """Nothing where the node is gone or its file is damaged: the events tell the same."""
+    try:
+        match Node(folder / f"generation_{row['generation']}").facts():
+            case {"training": {"history": [*history]}} if all(map(is_epoch, history)):
+                return history
+    except UserError:
+        pass
+    return ()
+
+
 def _epochs(events: Iterable[Row], generation: int) -> Sequence[Row]:
     """An epoch that was taken again after a kill counts once, as it came out last."""
-    found = {e["epoch"]: e for e in events if e.get("event") == "epoch" and e.get("generation") == generation}
+    own = (e for e in events if e["event"] == "epoch" and e.get("generation") == generation and is_epoch(e))
+    found = {event["epoch"]: event for event in own}
     return [found[epoch] for epoch in sorted(found)]
 
 
@@ -146,6 +186,9 @@ def _last_words(folder: Path) -> str:
         return ""
     last = events[-1]
     if last["event"] in ("stopped", "diverged"):
-        return f" ({' '.join(str(last['reason']).split())})"
-    step = next((event for event in reversed(events) if event["event"] in ("step", "generation_begin")), None)
-    return "" if step is None else f" (last heard of in generation {step['generation']}, step {step['step']})"
+        return f" ({' '.join(str(last.get('reason', last['event'])).split())})"
+    begun = [event for event in events if event["event"] in ("step", "generation_begin")]
+    match begun[-1:]:
+        case [{"generation": int(generation), "step": int(step)}]:
+            return f" (last heard of in generation {generation}, step {step})"
+    return ""

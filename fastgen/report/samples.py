@@ -109,10 +109,12 @@ def drawn(ids: Int64, count: int) -> Int64:
 
 
 def _recipe(run: Run, root: str | None) -> Recipe:
-    """The run's, made to run here: no kernels, one worker."""
+    """The run's, made to run here: no kernels, one worker, nothing downloaded."""
     folder = run.record.folder
     recipe = load_text((folder / "recipe.yaml").read_text(), str(folder / "recipe.yaml"))
-    data = replace(recipe.data, root=root or recipe.data.root, download=False, workers=1)
+    # DALI may need a GPU, and reads the same files by the same manifest.
+    backend = "folder" if recipe.data.backend == "dali" else recipe.data.backend
+    data = replace(recipe.data, root=root or recipe.data.root, backend=backend, download=False, workers=1)
     return replace(recipe, data=data, train=replace(recipe.train, kernels="torch"))
 
 

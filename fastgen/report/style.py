@@ -94,7 +94,12 @@ h1,h2,h3,p,li,figcaption,caption,code,.facts{overflow-wrap:anywhere}
 nav{margin:0 0 8px;display:flex;flex-wrap:wrap;gap:6px 18px;font-size:.92rem}
 nav a{text-decoration:none}
 nav a:hover,nav a:focus{text-decoration:underline}
-.scroll{overflow-x:auto;margin:0 0 8px;-webkit-overflow-scrolling:touch}
+/* A shade at an edge behind which a table goes on: covers that scroll with the table hide it at the table's ends. */
+.scroll{overflow-x:auto;margin:0 0 8px;-webkit-overflow-scrolling:touch;background:
+ linear-gradient(to right,var(--ground) 50%,transparent) left/36px 100% no-repeat local,
+ linear-gradient(to left,var(--ground) 50%,transparent) right/36px 100% no-repeat local,
+ linear-gradient(to right,var(--line),transparent) left/18px 100% no-repeat scroll,
+ linear-gradient(to left,var(--line),transparent) right/18px 100% no-repeat scroll}
 .scroll:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 .table{margin:22px 0 30px}
 .note{color:var(--muted);font-size:.88rem;line-height:1.5;max-width:84ch;margin:0 0 8px}
@@ -158,7 +163,7 @@ footer{color:var(--muted);font-size:.85rem;padding-top:8px;padding-bottom:40px}
  nav{display:none}
  h2{margin-top:28px;break-after:avoid}
  h3{break-after:avoid}
- .scroll{overflow:visible}
+ .scroll{overflow:visible;background:none}
  table{font-size:.74rem}
  th,td{padding:3px 5px}
  th.name{position:static}
