@@ -363,7 +363,7 @@ def test_a_killed_sweep_goes_on_trains_each_generation_once_and_tells_means_and_
     # Once more: nothing is left to train, or to measure anew.
     again = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
-    assert "6 of them are there" in again.stdout
+    assert "6 of them trained already" in again.stdout
     assert "processes done" not in again.stdout
     assert (tmp_path / "swept" / "sweep.csv").read_text() == "\n".join(
         [",".join(rows[0]), *(",".join(row.values()) for row in rows), ""]
