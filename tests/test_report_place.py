@@ -139,6 +139,7 @@ sys.exit(command(main, []))
 """
 
 
+@pytest.mark.usefixtures("_signals_are_heard")
 def test_an_interrupt_while_modules_are_imported_is_a_line():
     # Compiled modules abort where an interrupt is raised in them.
     ended = subprocess.run([sys.executable, "-c", INTERRUPTED], check=False, capture_output=True, text=True)
