@@ -492,6 +492,8 @@ def train_a_half(rank, folder):
     _, found = gradients(model, images((4, 3, 6, 6), rank))
     if rank == 0:
         torch.save({name.removeprefix("module."): value.cpu() for name, value in found.items()}, f"{folder}/found")
+    # Neither leaves while the other is still at work: gloo aborts a process whose partner is gone.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
