@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,9 +179,22 @@ def _states(tmp_path, out, capfd):
     return [line.split(maxsplit=1)[1] for line in capfd.readouterr().out.splitlines()]
 
 
-def test_pieces_of_the_queue_add_up(tmp_path, capfd):
+def _clock_that_runs_out(events, generation):
+    """Stands in for `time`: no time is left as soon as a run has told of a step of that generation."""
+
+    def monotonic():
+        told = events.read_text() if events.exists() else ""
+        rows = [json.loads(line) for line in told[: told.rfind("\n") + 1].splitlines()]
+        begun = any(row["event"] == "step" and row["generation"] == generation for row in rows)
+        return math.inf if begun else 0.0
+
+    return SimpleNamespace(monotonic=monotonic, sleep=time.sleep)
+
+
+def test_pieces_of_the_queue_add_up(tmp_path, capfd, monkeypatch):
     pytest.importorskip("sklearn")
-    tree = tiny_recipe(train__epochs=6, train__batch_size=32, gen__generations=GENERATIONS)
+    # Some seconds a generation: long after its first step is told, a signal still finds it at work.
+    tree = tiny_recipe(train__epochs=20, train__batch_size=32, gen__generations=GENERATIONS)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
     entries = [
         {"recipe": str(tmp_path / "tiny.yaml"), "seed": 0},
@@ -186,13 +203,16 @@ def test_pieces_of_the_queue_add_up(tmp_path, capfd):
     (tmp_path / "queue.yaml").write_text(yaml.safe_dump(entries))
     assert _states(tmp_path, "pieces", capfd) == ["not begun", "not begun"]
 
-    stopped_in_the_middle, seconds = 0, 5.0
-    while (states := _states(tmp_path, "pieces", capfd)) != ["done", "done"]:
-        stopped_in_the_middle += " step " in states[0] and not states[0].endswith(" step 0")
-        assert _queue(tmp_path, "pieces", seconds / 60) == 0
-        # So that it ends on any machine, however slow it is to start.
-        seconds *= 1.4
-    assert stopped_in_the_middle
+    for generation in range(GENERATIONS + 1):
+        events = tmp_path / "pieces" / "tiny-seed0" / "events.jsonl"
+        with monkeypatch.context() as patch:
+            patch.setattr(queue, "time", _clock_that_runs_out(events, generation))
+            assert _queue(tmp_path, "pieces", 5) == 0
+        first, second = _states(tmp_path, "pieces", capfd)
+        assert re.fullmatch(rf"generation {generation} step [1-9]\d*", first)
+        assert second == "not begun"
+    assert _queue(tmp_path, "pieces", 5) == 0
+    assert _states(tmp_path, "pieces", capfd) == ["done", "done"]
 
     rows = common.read_rows(tmp_path / "pieces" / "rows" / "queue.csv")
     assert [(row["seed"], row["generation"]) for row in rows] == [
