@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from fastgen.errors import UserError
 from fastgen.nodes import read_json
 from fastgen.recipe import load_text
 from fastgen.run_forms import analysis_is_whole, environment_is_whole, hash_in_plan, results_are_whole
+from fastgen.spread import spread_of
 
 # Version of analysis.json: raised whenever what it tells gets another meaning.
 ANALYSIS_FORMAT = 1
@@ -251,11 +251,7 @@ def _point(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     point: dict[str, Any] = {name: rows[0][name] for name in ("generation", "members", "role")}
     point["runs"] = len(rows)
     for name in (*TOLD, *TIMES, LAST_MEMBERS):
-        values = [row[name] for row in rows]
-        known = all(value is not None for value in values)
-        point[name] = {"mean": statistics.mean(values), "deviation": _deviation(values)} if known else None
+        known = [row[name] for row in rows if row[name] is not None]
+        found = spread_of(known) if len(known) == len(rows) else None
+        point[name] = None if found is None else {"mean": found.mean, "deviation": found.deviation}
     return point
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from fastgen.errors import UserError
+from fastgen.errors import UserError, first_line
 from fastgen.files import write_atomically
 from fastgen.nodes import checkpoint_path, checkpoints, damaged_checkpoints, halves, step_of
 
@@ -159,7 +159,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         # Says nothing about the file.
         raise
     except Exception as error:  # noqa: BLE001 (readers trip over damage in every way; all of them mean the same)
-        raise Damaged(path, _first_line(error)) from None
+        raise Damaged(path, first_line(error)) from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(
             f"{path}: is no checkpoint of this version of fastgen: delete it, and this generation starts afresh"
@@ -191,7 +191,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such weights file") from None
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: is no safetensors file, or damaged ({_first_line(error)})") from None
+        raise UserError(f"{path}: is no safetensors file, or damaged ({first_line(error)})") from None
     return tensors, description
 
 
@@ -213,8 +213,3 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else f"{tuple(tensor.shape)}"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 USER_MISTAKES = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
@@ -91,6 +93,30 @@ def as_one_line(error: OSError) -> FastgenError:
     if error.errno in USER_MISTAKES:
         return UserError(f"{place}{reason}. Name a place that you may write to with run.dir and run.nodes.")
     return MachineError(f"{place}{reason}")
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """Tells the system's errors of a command that writes to the folder of its `--to`, not to a run's.
+
+    Raises:
+        UserError: nothing may be written there.
+        MachineError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        # The folder, as a partial file's name says nothing to the person.
+        told = f"{folder}: {error.strerror or error}"
+        if isinstance(as_one_line(error), UserError):
+            raise UserError(f"{told}: name a folder that you may write to with --to") from error
+        raise MachineError(f"{told}: free some space, or name another folder with --to") from error
+
+
+def first_line(error: BaseException, most_letters: int = 200) -> str:
+    """What an error of a library says, as far as it fits into a line of ours; its kind where it says nothing."""
+    text = str(error).strip().splitlines()
+    return text[0][:most_letters] if text else type(error).__name__
 
 
 def as_told(error: OSError | MemoryError) -> FastgenError:

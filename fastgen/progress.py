@@ -49,6 +49,19 @@ class PatientConsole(Console):
         self.quiet = True
 
 
+def counted(passed: Callable[[int], None]) -> Callable[[], None]:
+    """From what is told how many are done, as `Display.passes` yields it: what is told of each one."""
+    done = 0
+    passed(done)
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        passed(done)
+
+    return one_more
+
+
 class Display:
     """Shows one generation at a time.
 

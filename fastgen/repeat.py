@@ -13,7 +13,6 @@ import argparse
 import itertools
 import os
 import shlex
-import statistics
 import sys
 import time
 from collections import deque
@@ -36,6 +35,7 @@ from fastgen.nodes import read_json
 from fastgen.plan import Generation, describe, make_plan
 from fastgen.recipe import help_text, parse_words, read_recipe
 from fastgen.record import read_events, run_dir
+from fastgen.spread import spread_of
 from fastgen.stop import StopRequest
 from fastgen.tables import new_table, print_table
 from fastgen.trainings import POLL_SECONDS
@@ -239,10 +239,10 @@ def repeats_table(name: str, results: Mapping[int, Mapping[str, Any]]) -> Table:
 def mean_and_deviation(values: Sequence[float | None]) -> tuple[str, str]:
     """Both with two digits; `-` where a value is not known, and for the deviation of a single one."""
     known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
+    found = spread_of(known)
+    if found is None or found.count < len(values):
         return "-", "-"
-    deviation = f"{statistics.stdev(known):.2f}" if len(known) > 1 else "-"
-    return f"{statistics.mean(known):.2f}", deviation
+    return f"{found.mean:.2f}", "-" if found.deviation is None else f"{found.deviation:.2f}"
 
 
 def main(words: Sequence[str]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +10,11 @@ from typing import Any
 
 from rich.table import Table
 
-from fastgen.files import write_atomically
+from fastgen.files import csv_text, write_atomically
 from fastgen.grid import Cell, Run, run_folder
 from fastgen.nodes import read_json
 from fastgen.recipe import load_text
+from fastgen.spread import spread_of
 from fastgen.tables import new_table, print_table
 
 MEASURES = {"top1_error": "top-1 error", "ensemble_top1_error": "ensemble's top-1 error"}
@@ -43,12 +42,13 @@ class Point:
 
     def mean(self, measure: str) -> float | None:
         """Over the seeds; None: it is not known."""
-        return statistics.mean(self.values[measure]) if self.values[measure] else None
+        found = spread_of(self.values[measure])
+        return None if found is None else found.mean
 
     def deviation(self, measure: str) -> float | None:
         """Standard deviation over the seeds, n - 1 in the denominator; None: there are not two."""
-        values = self.values[measure]
-        return statistics.stdev(values) if len(values) > 1 else None
+        found = spread_of(self.values[measure])
+        return None if found is None else found.deviation
 
 
 def points_of(results: Sequence[tuple[Run, dict[str, Any]]]) -> list[Point]:
@@ -84,7 +84,7 @@ def report(folder: Path, name: str, runs: Sequence[Run]) -> None:
     _tell_best(points, len({run.cell.number for run in runs}))
     if len(results) < len(runs):
         print(f"{len(results)} of {len(runs)} runs are measured")
-    write_atomically(folder / "sweep.csv", _csv(points).encode())
+    write_atomically(folder / "sweep.csv", csv_text([_row(point) for point in points]).encode())
     draw(folder / "sweep.png", name, points)
     print(f"{folder / 'sweep.csv'}  {folder / 'sweep.png'}")
 
@@ -121,7 +121,7 @@ def chosen(points: Sequence[Point]) -> Point:
 
 
 def _error(point: Point) -> float:
-    return statistics.mean(point.values["top1_error"])
+    return sum(point.values["top1_error"]) / point.seeds
 
 
 def _tell_best(points: Sequence[Point], cells: int) -> None:
@@ -148,15 +148,6 @@ def table(title: str, points: Sequence[Point]) -> Table:
 def _text(point: Point, measure: str) -> str:
     mean, deviation = point.mean(measure), point.deviation(measure)
     return "-" if mean is None else f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
-
-
-def _csv(points: Sequence[Point]) -> str:
-    text = io.StringIO()
-    rows = [_row(point) for point in points]
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _row(point: Point) -> dict[str, Any]:

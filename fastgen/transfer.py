@@ -33,7 +33,7 @@ from fastgen.evaluate import load_network
 from fastgen.features import Float32, Network, Tap, extract, last_linear, passes_of
 from fastgen.nodes import Node
 from fastgen.probe import CS, classify, fits_of, require_enough, require_sklearn
-from fastgen.progress import Display, PatientConsole
+from fastgen.progress import Display, PatientConsole, counted
 from fastgen.source import OwnFacts, Source, facts_of, open_source
 from fastgen.transfer_data import ImageSet, evaluation_view, open_images
 from fastgen.transfer_report import Measured, print_rows, rows_of, write_all
@@ -136,15 +136,8 @@ def _probes(
 ) -> Iterator[tuple[int, Any]]:  # fmt: skip
     """Dimensions of the features, and the classifier's measurement, of each network."""
     for network, train_ND, val_ND in zip(networks, train, val, strict=True):
-        done = 0
         with display.passes(f"classifiers of {network.name}", fits_of(folds), len(train_ND)) as passed:
-
-            def fitted(passed: Any = passed) -> None:
-                nonlocal done
-                done += 1
-                passed(done)
-
-            passed(done)
+            fitted = counted(passed)
             probe = classify(train_ND, images.train.labels, val_ND, images.val.labels, folds, seed, fitted)
         yield train_ND.shape[1], probe
 

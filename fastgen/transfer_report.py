@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fastgen.files import write_atomically, write_json
+from fastgen.files import csv_text, write_atomically, write_json
 from fastgen.probe import CS, Comparison, Probe, compare, told_apart, wilson
 from fastgen.tables import new_table, print_table
 
@@ -110,18 +109,14 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    flat = [
-        {"generation": row["generation"]}
-        | {f"{part}_{key}": value for part in ("run", "baseline") for key, value in (row[part] or {}).items()}
-        | (row["comparison"] or {})
-        for row in map(_plain, rows)
-    ]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue()
+    return csv_text(
+        [
+            {"generation": row["generation"]}
+            | {f"{part}_{key}": value for part in ("run", "baseline") for key, value in (row[part] or {}).items()}
+            | (row["comparison"] or {})
+            for row in map(_plain, rows)
+        ]
+    )
 
 
 def print_rows(title: str, names: Sequence[str], rows: Sequence[Row]) -> None:

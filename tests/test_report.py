@@ -30,9 +30,10 @@ from fastgen.report.groups import groups_of
 from fastgen.report.page import page
 from fastgen.report.runs import read_runs
 from fastgen.report.samples import drawn
-from fastgen.report.stats import difference_of, p_of_t, signed, spread_of, spread_text
+from fastgen.report.stats import difference_of, p_of_t, signed, spread_text
 from fastgen.report.style import palette
 from fastgen.report.tables import COMPARED
+from fastgen.spread import spread_of
 
 TOLERANT, PLAIN = "tolerant D(0.6, 0.6)", "plain D(1.0, 0.0)"
 

@@ -23,6 +23,7 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fastgen.data.manifest import DAMAGED, READ
+from fastgen.errors import first_line
 
 # The largest picture of ILSVRC2012 has 61 million pixels; a header that claims more than twice as many is
 # damaged, or an attack on the memory: three bytes a pixel are 400 MB at this limit.
@@ -38,6 +39,8 @@ SUFFIXES = frozenset(
 # A JPEG file of several pictures is "MPO" for Pillow; all decoders take the first.
 JPEG_FORMATS = ("JPEG", "MPO")
 JPEG_BEGIN = b"\xff\xd8"
+# Of what a library says of a file, in an index.
+MOST_LETTERS = 120
 SUBSAMPLINGS = ("444", "422", "420", "440", "411", "Gray")
 
 UInt8 = npt.NDArray[np.uint8]
@@ -179,7 +182,7 @@ def _unknown(content: bytes, error: Exception) -> str:
         if content.startswith(JPEG_BEGIN):
             return "begins like a JPEG, but its header is damaged or of an unknown kind"
         return "is no picture"
-    return f"has a damaged header ({_first_line(error)})"
+    return f"has a damaged header ({first_line(error, MOST_LETTERS)})"
 
 
 def _check_size(width: int, height: int) -> None:
@@ -200,7 +203,7 @@ def _pixels(picture: Image.Image, content: bytes) -> tuple[UInt8, str | None]:
     except (MemoryError, Refused):
         raise
     except Exception as error:  # noqa: BLE001 (as above)
-        reason = _first_line(error)
+        reason = first_line(error, MOST_LETTERS)
     if picture.format not in JPEG_FORMATS:
         raise Refused(f"cannot be decoded ({reason})")
     try:
@@ -260,7 +263,7 @@ def _judge_jpeg(content: bytes, size: tuple[int, ...], failure: str | None) -> t
         height, width, colour, subsampling = _jpeg_header(content)
     except ValueError as error:
         # A kind that TurboJPEG has no name for: Pillow's word stands. It did not fail: nobody else could have decoded.
-        return failure, False, (f"JPEG of an unusual kind ({_first_line(error)})",)
+        return failure, False, (f"JPEG of an unusual kind ({first_line(error, MOST_LETTERS)})",)
     ordinary = colour in ("YCbCr", "Gray") and subsampling in SUBSAMPLINGS
     notes = () if ordinary else (f"JPEG in {colour}, {subsampling}",)
     damage = failure
@@ -268,7 +271,7 @@ def _judge_jpeg(content: bytes, size: tuple[int, ...], failure: str | None) -> t
         _turbo(content, strict=True)
     except ValueError as error:
         # Its warnings count: Pillow passes over them.
-        damage = _first_line(error)
+        damage = first_line(error, MOST_LETTERS)
     if damage is None and (height, width) != size:
         damage = f"decoders disagree on its size: {width}x{height} and {size[1]}x{size[0]}"
     return damage, ordinary, notes
@@ -311,8 +314,3 @@ _TURNS: dict[int, Callable[[UInt8], UInt8]] = {
 
 def _turned(pixels: UInt8, orientation: int) -> UInt8:
     return np.ascontiguousarray(_TURNS[orientation](pixels))
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:120] if text else type(error).__name__

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from fastgen.augment import Normaliser
 from fastgen.data.facts import Facts
-from fastgen.errors import MachineError, UserError
+from fastgen.errors import MachineError, UserError, first_line
 from fastgen.export.subject import Subject
+from fastgen.progress import counted
 
 FACTOR = 8
 UNIT_FP32 = 2.0**-23
@@ -97,18 +98,18 @@ def reference_of(subject: Subject, pixels_NCHW: Tensor, passed: Callable[[int], 
         UserError: the outputs are not finite, or the network cannot be computed in fp64.
     """
     normalise = Normaliser(subject.facts.mean, subject.facts.std, torch.device("cpu"), torch.float32)
-    counted = _counter(passed)
+    one_more = counted(passed)
     exact, single = [], []
     for member in subject.members:
         try:
             double = member.in_fp64()
-            exact.append(_logits(double, batches_of(pixels_NCHW, exactly_normalised(subject.facts)), counted))
+            exact.append(_logits(double, batches_of(pixels_NCHW, exactly_normalised(subject.facts)), one_more))
         except RuntimeError as error:
             raise UserError(
                 f"generation {member.generation}: {type(member.model).__name__} cannot be computed in fp64, which the "
-                f"check needs: {_first_line(error)}"
+                f"check needs: {first_line(error)}"
             ) from error
-        single.append(_logits(member.model, batches_of(pixels_NCHW, normalise), counted))
+        single.append(_logits(member.model, batches_of(pixels_NCHW, normalise), one_more))
     exact_NC, single_NC = combined(exact), combined(single)
     if not (exact_NC.isfinite().all() and single_NC.isfinite().all()):
         raise UserError(f"{subject.stem}: its outputs are not finite: export another generation")
@@ -169,19 +170,3 @@ def _logits(model: nn.Module, batches: Iterable[Tensor], passed: Callable[[], No
         found.append(model(batch))
         passed()
     return torch.cat(found)
-
-
-def _counter(passed: Callable[[int], None]) -> Callable[[], None]:
-    done = 0
-    passed(done)
-
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        passed(done)
-
-    return one_more
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastgen.augment import Normaliser
 from fastgen.checkpoint import METADATA_KEY
 from fastgen.data.facts import Facts
-from fastgen.errors import MachineError, UserError
+from fastgen.errors import MachineError, UserError, first_line
 from fastgen.export.check import batches_of
 from fastgen.export.subject import Subject, canonical
 
@@ -154,7 +154,7 @@ def run_onnx(path: Path, subject: Subject, given: Input, opset: int, pixels_NCHW
         raise
     except Exception as error:
         # Both libraries have errors of their own for each kind of damage; all of them mean the same.
-        raise MachineError(f"{path.name}: failed its check: {_first_line(error)}: nothing was written") from error
+        raise MachineError(f"{path.name}: failed its check: {first_line(error)}: nothing was written") from error
 
 
 def feeding(facts: Facts, given: Input) -> Callable[[Tensor], Tensor]:
@@ -191,7 +191,7 @@ def _traced(graph: Graph, subject: Subject, given: Input, opset: int) -> Any:
         # torch wraps whatever a network does that it cannot trace; of a signal `place.staged` knows.
         raise UserError(
             f"{subject.stem}: torch.onnx cannot export {type(subject.members[0].model).__name__} in opset {opset} "
-            f"({_first_line(error)}): give --format=safetensors"
+            f"({first_line(error)}): give --format=safetensors"
         ) from error
     assert program is not None
     return program.model_proto
@@ -216,7 +216,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

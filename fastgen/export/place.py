@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from fastgen.errors import FastgenError, MachineError, Stopped, UserError, as_one_line
+from fastgen.errors import Stopped, UserError, written_to
 from fastgen.files import write_atomically
 from fastgen.stop import heeded
 
@@ -105,7 +105,7 @@ def staged(folder: Path, stem: str) -> Iterator[Stage]:
         UserError: nothing may be written there.
         Stopped: a signal came.
     """
-    with _ending_at_once() as ending, _told_of(folder), _made(folder, ending):
+    with _ending_at_once() as ending, written_to(folder), _made(folder, ending):
         _remove_left_over(folder, stem)
         path = folder / f".{stem}.{socket.gethostname()}-{os.getpid()}.partial"
         path.mkdir()
@@ -175,23 +175,6 @@ def _made(folder: Path, ending: Ending) -> Iterator[None]:
             # Not where something is in it: this export, or another one's.
             with suppress(OSError):
                 folder.rmdir()
-
-
-@contextmanager
-def _told_of(folder: Path) -> Iterator[None]:
-    """The system's errors as one line that names what can be changed here."""
-    try:
-        yield
-    except OSError as error:
-        kind = type(as_one_line(error))
-        raise _cannot_write(kind, folder, error) from error
-
-
-def _cannot_write(kind: type[FastgenError], folder: Path, error: OSError) -> FastgenError:
-    told = f"{error.filename or folder}: {error.strerror or error}"
-    if kind is UserError:
-        return UserError(f"{told}: name a folder that you may write to with --to")
-    return MachineError(f"{told}: free some space, or name another folder with --to")
 
 
 @contextmanager

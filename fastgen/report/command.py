@@ -9,14 +9,11 @@ writes report.html, which opens from the file; report.md, tables.tex, results.cs
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from fastgen.arguments import Arguments
-from fastgen.progress import Display, PatientConsole
+from fastgen.progress import Display, PatientConsole, counted
 from fastgen.report.contents import Wanted, report_of
 from fastgen.report.document import plain
 from fastgen.report.files import count_of, files_of
@@ -41,8 +38,8 @@ def main(words: Sequence[str]) -> None:
     found = read_runs(options.runs)
     require_own(folder)
     document = report_of(found, Wanted(options.title, options.samples, options.root))
-    with _progress(PatientConsole(), count_of(document)) as done:
-        files = files_of(document, groups_of(found.runs), done)
+    with Display(PatientConsole()).passes("writing the report", count_of(document), 1, unit="files") as passed:
+        files = files_of(document, groups_of(found.runs), counted(passed))
     written = put(folder, files)
     print(plain(document.headline))
     print(f"{_shown(written[0])}  ({len(written) - 1} files beside it)")
@@ -56,21 +53,6 @@ def _default_folder(places: Sequence[Path]) -> Path:
 def _shown(path: Path) -> str:
     """Names on a disk need not be UTF-8; what is printed does."""
     return str(path).encode(errors="replace").decode()
-
-
-@contextmanager
-def _progress(console: Console, files: int) -> Iterator[Callable[[], None]]:
-    """Yields what is told of each file."""
-    count = 0
-    with Display(console).passes("writing the report", files, 1, unit="files") as passed:
-        passed(count)
-
-        def done() -> None:
-            nonlocal count
-            count += 1
-            passed(count)
-
-        yield done
 
 
 def _folder(text: str) -> Path:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from fastgen.files import csv_text
 from fastgen.report.document import (
     Block,
     Code,
@@ -110,19 +109,6 @@ def history_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
         for generation, history in sorted(run.histories.items())
         for row in history
     ]
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]], headings: Iterable[str] = ()) -> str:
-    """Rows as CSV; what is not known is empty.
-
-    Args:
-        headings: of no rows at all.
-    """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else list(headings), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def markdown(document: Document) -> str:

@@ -13,7 +13,7 @@ from fastgen.analysis_runs import by_recipe
 from fastgen.config import SECTIONS
 from fastgen.errors import UserError
 from fastgen.report.runs import Row, Run, Seed
-from fastgen.report.stats import Spread, spread_of
+from fastgen.spread import Spread, spread_of
 
 Kind = Literal["plain", "born-again", "other"]
 

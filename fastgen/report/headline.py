@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from fastgen.report.compare import Comparison, Contrast, other_settings
 from fastgen.report.document import Span, Words, code, strong, words
 from fastgen.report.groups import Group
-from fastgen.report.stats import difference_text, p_text, spread_of, spread_text
+from fastgen.report.stats import difference_text, p_text, spread_text
+from fastgen.spread import spread_of
 
 # Of more the tables tell.
 MOST_TOLD, MOST_DETAILS = 3, 6

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from fastgen.errors import FastgenError, MachineError, UserError, as_one_line
+from fastgen.errors import UserError, written_to
 from fastgen.files import write_atomically
 
 FIGURES = "figures"
@@ -27,7 +26,7 @@ def require_own(folder: Path) -> None:
     Raises:
         UserError: the folder is a file; or it has files of a report's names, and no page of a report.
     """
-    with _told_of(folder):
+    with written_to(folder):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--to {folder}: is a file: name a folder")
         if _is_report(folder):
@@ -58,7 +57,7 @@ def put(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     made = [path for path in (*reversed(folder.parents), folder, folder / FIGURES) if not path.exists()]
     fresh = [folder / name for name in files if not (folder / name).exists()]
     stage = folder / f".report-{os.getpid()}.partial"
-    with _told_of(folder):
+    with written_to(folder):
         try:
             _move_in(stage, folder, files)
         except BaseException:
@@ -101,20 +100,3 @@ def _undo(fresh: list[Path], made: list[Path]) -> None:
     for path in reversed(made):
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
-
-
-@contextmanager
-def _told_of(folder: Path) -> Iterator[None]:
-    """The system's errors as one line that names what can be changed here."""
-    try:
-        yield
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-
-
-def _cannot_write(folder: Path, error: OSError) -> FastgenError:
-    # The partial file's name says nothing to the person.
-    told = f"{folder}: {error.strerror or error}"
-    if isinstance(as_one_line(error), UserError):
-        return UserError(f"{told}: name a folder that you may write to with --to")
-    return MachineError(f"{told}: free some space, or name another folder with --to")

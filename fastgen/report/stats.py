@@ -7,23 +7,15 @@ owe to the seed falls out of the difference.
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
+
+from fastgen.spread import Spread, spread_of
 
 Seed = TypeVar("Seed")
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation (n - 1 in the denominator; None: there are not two)."""
-
-    mean: float
-    deviation: float | None
-    count: int
 
 
 @dataclass(frozen=True)
@@ -41,14 +33,6 @@ class Difference:
     standard_error: float | None
     pairs: int
     p: float | None
-
-
-def spread_of(values: Sequence[float]) -> Spread | None:
-    """None: there are no values."""
-    if not values:
-        return None
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(statistics.mean(values), deviation, len(values))
 
 
 def difference_of(first: Mapping[Seed, float], second: Mapping[Seed, float]) -> Difference | None:
@@ -69,7 +53,8 @@ def difference_of(first: Mapping[Seed, float], second: Mapping[Seed, float]) -> 
 def p_of_t(t: float, freedom: int) -> float:
     """Probability that Student's t is as far from 0, on either side.
 
-    Finite sums for whole degrees of freedom: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3, 26.7.4.
+    Written out, as no dependency of fastgen's core has it (scipy comes with scikit-learn alone). Finite sums for whole
+    degrees of freedom: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3, 26.7.4.
 
     Args:
         t: any number.

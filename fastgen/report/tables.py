@@ -9,7 +9,8 @@ from fastgen.report.compare import Comparison, Contrast
 from fastgen.report.document import Span, Table, strong, words
 from fastgen.report.groups import Group
 from fastgen.report.runs import Row
-from fastgen.report.stats import DASH, difference_text, p_text, spread_of, spread_text
+from fastgen.report.stats import DASH, difference_text, p_text, spread_text
+from fastgen.spread import spread_of
 
 TOP1 = {"top1_error": "single", "ensemble_top1_error": "ensemble"}
 TOP5 = {"top5_error": "single", "ensemble_top5_error": "ensemble"}
