@@ -88,3 +88,11 @@ def facts_of(recipe: Recipe, classes: int | None) -> Facts:
     if facts.classes:
         return facts
     return replace(facts, classes=classes) if classes else open_dataset(recipe).facts
+
+
+def readable_here(recipe: Recipe) -> Recipe:
+    """The recipe with what reads its images on any machine: no GPU, no kernels, and nothing is downloaded."""
+    # DALI may need a GPU, and reads the same files by the same manifest.
+    backend = "folder" if recipe.data.backend == "dali" else recipe.data.backend
+    data = replace(recipe.data, backend=backend, download=False)
+    return replace(recipe, data=data, train=replace(recipe.train, kernels="torch"))

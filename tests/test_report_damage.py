@@ -137,10 +137,20 @@ def test_without_a_node_s_history_curves_come_from_the_events(run, content):
     (run / "generation_1").unlink()
     (run / "generation_1").mkdir()
     (run / "generation_1" / "node.json").write_text(content)
-    after = read_runs([run]).runs[0].histories[1]
+    found = read_runs([run]).runs[0]
+    after = found.histories[1]
+    assert found.unfit == ("node.json of generation 1 is damaged: its training curve is from events.jsonl",)
     assert [(row["epoch"], row["loss"], row["top1_error"]) for row in after] == [
         (row["epoch"], row["loss"], row["top1_error"]) for row in before
     ]
+
+
+def test_a_node_that_is_gone_is_no_damage(run):
+    before = read_runs([run]).runs[0].histories[1]
+    (run / "generation_1").unlink()
+    found = read_runs([run]).runs[0]
+    assert found.unfit == ()
+    assert [row["loss"] for row in found.histories[1]] == [row["loss"] for row in before]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from report_runs import copied
 
 from fastgen.errors import UserError, command
+from fastgen.report import place
 from fastgen.report.__main__ import main
 from fastgen.report.place import put
 
@@ -61,8 +62,6 @@ def test_pictures_of_others_stay(tmp_path):
 @pytest.mark.parametrize("function", ["write_atomically", "os.replace"])
 @pytest.mark.parametrize("there", [False, True])
 def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch, function, there):
-    from fastgen.report import place
-
     folder = tmp_path / "a" / "b"
     if there:
         folder.mkdir(parents=True)
@@ -137,6 +136,15 @@ class Library:
 sys.meta_path.insert(0, Library())
 sys.exit(command(main, []))
 """
+
+
+def test_all_files_of_a_report_are_known_as_a_report_s(written_report):
+    pictures = [path.name for path in (written_report / place.FIGURES).iterdir()]
+    assert {"errors.png", "confidence.png", "scores.png", "reliability.png"} <= {*pictures}
+    # By these names those are removed that a later report has not.
+    assert all(place._OWN_PICTURE.fullmatch(name) for name in pictures)
+    beside = {path.name for path in written_report.iterdir()}
+    assert beside == {place.PAGE, *place.BESIDE, place.FIGURES}
 
 
 @pytest.mark.usefixtures("_signals_are_heard")

@@ -4,11 +4,14 @@ import sys
 from collections.abc import Sequence
 
 from fastgen.errors import command
+from fastgen.interrupts import ending_at_once
 
 
 def main(words: Sequence[str]) -> None:
-    """The command; its modules are imported here, so that an interrupt meanwhile is one line, too."""
-    from fastgen.export.command import main as export
+    """The command; see `command.main`."""
+    with ending_at_once():
+        # Here, as it takes seconds: whoever interrupts it is told so in a line.
+        from fastgen.export.command import main as export
 
     export(words)
 

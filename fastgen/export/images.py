@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from fastgen.data.split import Dataset
 from fastgen.errors import UserError
 from fastgen.export.subject import Subject
 from fastgen.measuring import EVALUATION_BATCH
+from fastgen.source import readable_here
 
 CPU = torch.device("cpu")
 # They are all alike, and some 150 MB at 224 px.
@@ -46,7 +47,7 @@ def images_of(subject: Subject, count: int) -> Images:
     Args:
         count: how many; all where there are fewer. Random ones: MOST_RANDOM at most.
     """
-    recipe = _plain(subject.recipe)
+    recipe = readable_here(subject.recipe)
     if recipe.data.backend == "synthetic":
         return _random(subject, count, "the run's data are synthetic")
     try:
@@ -57,14 +58,6 @@ def images_of(subject: Subject, count: int) -> Images:
         return _own(recipe, dataset, count)
     except UserError as error:
         return _random(subject, count, str(error))
-
-
-def _plain(recipe: Recipe) -> Recipe:
-    """The recipe with what reads its images here: the CPU, without kernels; and nothing is downloaded for a check."""
-    # DALI needs a GPU, and reads the same files by the same manifest.
-    backend = "folder" if recipe.data.backend == "dali" else recipe.data.backend
-    data = replace(recipe.data, backend=backend, download=False)
-    return replace(recipe, data=data, train=replace(recipe.train, kernels="torch"))
 
 
 def _own(recipe: Recipe, dataset: Dataset, count: int) -> Images:

@@ -123,41 +123,50 @@ def _read(folder: Path) -> Run:
 def _run(folder: Path) -> Run:
     record, environment = read_run(folder), read_environment(folder)
     analysis = read_analysis(record)
+    rows = record.results["generations"]
+    by_nodes = {row["generation"]: _told_by_node(folder, row["generation"]) for row in rows}
+    damaged = [generation for generation, told in by_nodes.items() if told is None]
     return Run(
         record=record,
         analysis=analysis,
         environment=environment,
-        histories={row["generation"]: _history(folder, row) for row in record.results["generations"]},
+        histories={row["generation"]: _history(folder, row, by_nodes[row["generation"]] or ()) for row in rows},
         lacking=_lacking(record),
-        unfit=_unfit(record, environment, analysis),
+        unfit=_unfit(record, environment, analysis, damaged),
     )
 
 
-def _unfit(record: RunRecord, environment: Row, analysis: Row | None) -> tuple[str, ...]:
+def _unfit(record: RunRecord, environment: Row, analysis: Row | None, damaged: Sequence[int]) -> tuple[str, ...]:
     found = []
     if not environment:
         found.append("environment.json is damaged or not there: its machine and command are not told")
     if analysis is None and (record.folder / ANALYSIS_FILE).is_file():
         found.append(f"{ANALYSIS_FILE} is not of these networks and samples, or damaged, and is left out")
+    for generation in damaged:
+        found.append(f"node.json of generation {generation} is damaged: its training curve is from events.jsonl")
     return tuple(found)
 
 
-def _history(folder: Path, row: Row) -> Sequence[Row]:
+def _history(folder: Path, row: Row, by_node: Sequence[Row]) -> Sequence[Row]:
     """From the node, else from the events. The last epoch's network is the one that was measured."""
-    told = _told_by_node(folder, row) or _epochs(read_events(folder), row["generation"])
+    told = by_node or _epochs(read_events(folder), row["generation"])
     errors = {name: row[name] for name in ("top1_error", "top5_error")}
     return [*told[:-1], {**told[-1], **errors}] if told else []
 
 
-def _told_by_node(folder: Path, row: Row) -> Sequence[Row]:
-    """Nothing where the node is gone or its file is damaged: the events tell the same."""
+def _told_by_node(folder: Path, generation: int) -> Sequence[Row] | None:
+    """A row an epoch; empty: the node is gone, as it may be after the run; None: its file is damaged."""
+    node = Node(folder / f"generation_{generation}")
+    if not node.finished:
+        return ()
     try:
-        match Node(folder / f"generation_{row['generation']}").facts():
+        match node.facts():
             case {"training": {"history": [*history]}} if all(map(is_epoch, history)):
                 return history
     except UserError:
-        pass
-    return ()
+        # It is told with what else of the run cannot be used.
+        return None
+    return None
 
 
 def _epochs(events: Iterable[Row], generation: int) -> Sequence[Row]:

@@ -24,6 +24,7 @@ from fastgen.recipe import load_text
 from fastgen.report.document import Gallery, Paragraph, Ranked, Sample, words
 from fastgen.report.groups import Group
 from fastgen.report.runs import Run
+from fastgen.source import readable_here
 
 SHOWN_CLASSES = 5
 # Photographs are shown smaller than networks see them: a page of eight of 224 pixels would be a megabyte.
@@ -109,13 +110,10 @@ def drawn(ids: Int64, count: int) -> Int64:
 
 
 def _recipe(run: Run, root: str | None) -> Recipe:
-    """The run's, made to run here: no kernels, one worker, nothing downloaded."""
+    """The run's, made to run here."""
     folder = run.record.folder
-    recipe = load_text((folder / "recipe.yaml").read_text(), str(folder / "recipe.yaml"))
-    # DALI may need a GPU, and reads the same files by the same manifest.
-    backend = "folder" if recipe.data.backend == "dali" else recipe.data.backend
-    data = replace(recipe.data, root=root or recipe.data.root, backend=backend, download=False, workers=1)
-    return replace(recipe, data=data, train=replace(recipe.train, kernels="torch"))
+    recipe = readable_here(load_text((folder / "recipe.yaml").read_text(), str(folder / "recipe.yaml")))
+    return replace(recipe, data=replace(recipe.data, root=root or recipe.data.root, workers=1))
 
 
 def _batch(recipe: Recipe, dataset: Dataset, positions: Int64) -> Batch:
