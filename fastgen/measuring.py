@@ -25,9 +25,9 @@ from fastgen.views import EpochViews
 
 CALIBRATION_BINS = 15
 EVALUATION_BATCH = 500
-# Of a batch: samples; wrong at 1, wrong at 5, p_a1, p_y, mass of classes 2..K, negative log-likelihood; and of each
-# bin count, hits and confidence.
-_COLUMNS = (1, 6, 3 * CALIBRATION_BINS)
+# Of a batch: samples; wrong at 1, wrong at 5, p_a1, p_y, mass of classes 2..K, mass of classes 2..C, negative
+# log-likelihood; and of each bin count, hits and confidence.
+_COLUMNS = (1, 7, 3 * CALIBRATION_BINS)
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,13 @@ class Tally:
         # A row that is not a number gives no class any probability; its label gets the smallest one.
         log_p_BC = log_p_BC.nan_to_num(nan=math.log(torch.finfo(torch.float32).tiny))
         p_BC = log_p_BC.exp()
-        top_BK = p_BC.topk(min(self._k, p_BC.shape[1]), dim=1).values
+        top_BK, order_BK = p_BC.topk(min(self._k, p_BC.shape[1]), dim=1)
+        # Added up by itself: of a network that is all but sure, 1 - p_a1 in fp32 is rounding alone.
+        beside_B = p_BC.scatter(1, order_BK[:, :1], 0.0).sum(1)
         log_p_label_B = log_p_BC.gather(1, labels_B[:, None])[:, 0]
         first_B = top_BK[:, 0].double()
         hit_B = (rank_B == 0).double()
-        rows = (1 - hit_B, rank_B >= 5, first_B, log_p_label_B.exp(), top_BK[:, 1:].sum(1), -log_p_label_B)
+        rows = (1 - hit_B, rank_B >= 5, first_B, log_p_label_B.exp(), top_BK[:, 1:].sum(1), beside_B, -log_p_label_B)
         sums = torch.stack([row.double().sum() for row in rows])
         bin_B = (first_B * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
         in_bin = torch.nn.functional.one_hot(bin_B, CALIBRATION_BINS).double()
@@ -103,10 +105,9 @@ class Tally:
         """
         count, sums, bins = self._total(stopped_by).split(_COLUMNS)
         samples = int(count.item())
-        wrong1, wrong5, first, label, rest, nll = (sums / max(samples, 1)).tolist()
+        wrong1, wrong5, first, label, rest, beside, nll = (sums / max(samples, 1)).tolist()
         _, hits, confidence = bins.reshape(3, CALIBRATION_BINS)
         ece = (hits - confidence).abs().sum().item() / max(samples, 1)
-        beside = 1 - first
         share = rest / beside if beside > 0 else 0.0
         return Measurement(samples, 100 * wrong1, 100 * wrong5, first, label, share, nll, ece)
 

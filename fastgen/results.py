@@ -24,7 +24,7 @@ from fastgen.workbench import Workbench
 T = TypeVar("T")
 
 # Raised whenever the same network starts to be measured otherwise.
-MEASUREMENT_FORMAT = 4
+MEASUREMENT_FORMAT = 5
 
 
 class Results:

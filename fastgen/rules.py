@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1
 # int16 numbers them in a label store.
 MOST_STORED_CLASSES = 2**15
+# Settings of gen that one patriarch alone has -> its name.
+PATRIARCHS_OWN = {
+    "smoothing": "label_smoothing", "entropy_weight": "confidence_penalty", "lipschitz_weight": "soteacher",
+    "consistency_weight": "soteacher", "consistency_dtype": "soteacher",
+}  # fmt: skip
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -225,11 +230,7 @@ def _check_gen(recipe: Recipe) -> None:
 
 def _check_patriarch(recipe: Recipe) -> None:
     gen = recipe.gen
-    owners = {
-        "smoothing": "label_smoothing", "entropy_weight": "confidence_penalty", "lipschitz_weight": "soteacher",
-        "consistency_weight": "soteacher", "consistency_dtype": "soteacher",
-    }  # fmt: skip
-    for name, owner in owners.items():
+    for name, owner in PATRIARCHS_OWN.items():
         default = next(field.default for field in fields(gen) if field.name == name)
         _require(
             gen.patriarch == owner or getattr(gen, name) == default,

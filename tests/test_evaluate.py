@@ -51,15 +51,16 @@ def measured_f64(p, labels, k, scores=None, bins=15):
     for p_C, score_C, y in zip(p, scores, labels, strict=True):
         order = sorted(range(len(p_C)), key=lambda c, score_C=score_C: (-score_C[c], c))
         ordered = np.sort(p_C)[::-1]
-        rows.append((order[0] != y, y not in order[:5], ordered[0], p_C[y], ordered[1:k].sum(), -math.log(p_C[y])))
-    wrong1, wrong5, first, label, beside, nll = np.array(rows, np.float64).T
+        masses = ordered[0], p_C[y], ordered[1:k].sum(), ordered[1:].sum()
+        rows.append((order[0] != y, y not in order[:5], *masses, -math.log(p_C[y])))
+    wrong1, wrong5, first, label, in_topk, beside, nll = np.array(rows, np.float64).T
     which = np.minimum((first * bins).astype(int), bins - 1)
     gaps = [
         abs((1 - wrong1[which == b]).mean() - first[which == b].mean()) * (which == b).mean()
         for b in range(bins)
         if (which == b).any()
     ]
-    share = beside.mean() / (1 - first.mean())
+    share = in_topk.mean() / beside.mean()
     return Measurement(
         len(p), 100 * wrong1.mean(), 100 * wrong5.mean(), first.mean(), label.mean(), share, nll.mean(), sum(gaps)
     )
@@ -68,14 +69,15 @@ def measured_f64(p, labels, k, scores=None, bins=15):
 def require_close(found, expected, classes, size):
     """fp32 softmax: a relative error of (C + 8) 2^-24 in p, and of |z| 2^-24 more in ln p; the sums are fp64.
 
-    The errors are counts, and exact. `size` is the largest |z|; the share divides by 1 - p_a1, at least 0.01 here.
+    The errors are counts, and exact. `size` is the largest |z|; the share divides one mass beside the first class by
+    another, each with the relative error of exp(ln p).
     """
     unit = (classes + 8) * 2.0**-24
     tolerances = {
         "samples": 0,
         "top1_error": 1e-11,
         "top5_error": 1e-11,
-        "topk_share": 100 * 2 * unit,
+        "topk_share": 2 * (unit + size * 2.0**-24),
         "nll": unit * size,
     }
     for name, a, b in zip(NAMES, astuple(found), astuple(expected), strict=True):
@@ -111,6 +113,17 @@ def test_share_is_all_where_k_is_all_classes():
     tally = Tally(10)
     tally.add(logits, logits.log_softmax(1), labels)
     assert tally.read().topk_share == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("gap", [1.0, 16.0, 17.0, 18.0, 40.0])
+@pytest.mark.parametrize(("k", "share"), [(5, 1.0), (3, 0.5)])
+def test_share_of_a_network_that_is_all_but_sure(gap, k, share):
+    # 1 - p_a1 in fp32 has no digit of the mass that is left from a gap of 17 on.
+    logits = torch.zeros(3, 5)
+    logits[:, 2] = gap
+    tally = Tally(k)
+    tally.add(logits, logits.log_softmax(1), torch.tensor([2, 2, 0]))
+    assert tally.read().topk_share == pytest.approx(share, rel=4 * (5 + 8 + gap) * 2.0**-24)
 
 
 def test_an_empty_tally_can_be_read():

@@ -20,6 +20,7 @@ from fastgen.data import open_dataset
 from fastgen.errors import command
 from fastgen.evaluate import load_network
 from fastgen.recipe import load_text
+from fastgen.report import figures
 from fastgen.report.__main__ import main
 from fastgen.report.compare import compare
 from fastgen.report.contents import Wanted, report_of
@@ -243,7 +244,12 @@ def test_a_difference_beyond_noise_is_told_in_bold(report_runs, tmp_path):
         f"fewer errors than that of {PLAIN}: −3.00 ± 0.06 points"
     ]
     bold = [cell.text for table in document.tables() for row in table.rows for cell in row if cell.style == "strong"]
-    assert bold == ["27.10 ± 0.10", "−3.00 ± 0.06"]
+    assert bold == ["27.10 ± 0.10", "−3.00 ± 0.06", "−3.00 ± 0.06"]
+    tests = next(table for table in document.tables() if table.name == "tests")
+    assert [[cell.text for cell in row] for row in tests.rows] == [
+        [TOLERANT, PLAIN, "top-1, single", "1", "−3.00 ± 0.06", "3", "0.00037"],
+        [TOLERANT, PLAIN, "top-1, ensemble", "1", "0.00 ± 0.00", "3", "no test"],
+    ]
 
 
 def test_a_difference_within_noise_is_not_told_apart(report_runs, tmp_path):
@@ -483,8 +489,22 @@ def test_latex_tables_are_whole(written_report):
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert len(rows) > 2
         assert {row.count("&") for row in rows} == {len(columns) - 1}
-    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == text.count(r"\bottomrule") == 3
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == text.count(r"\bottomrule") == 4
     assert text.isascii()
+
+
+def test_second_best_classes_of_all_generations_have_one_scale(report_runs):
+    group = groups_of(read_runs([report_runs / "tolerant_0"]).runs)[0]
+    content = json.loads((report_runs / "tolerant_0" / "analysis.json").read_text())
+    figure = figures._second_best(0, group, content)
+    largest = max(value for panel in figure.panels for row in panel.values for value in row)
+    assert [panel.full for panel in figure.panels] == [largest] * 2
+    assert f"on a scale of square roots up to {largest:.0f} %, the same for all generations" in plain(figure.caption)
+    assert "neighbours" not in plain(figure.caption)
+    for found in content["second_best"]:
+        found["classes_per_cell"] = 10
+    caption = plain(figures._second_best(0, group, content).caption)
+    assert "10 neighbours a row and column, so that the diagonal tells of others of the same cell" in caption
 
 
 def test_drawings_take_the_page_s_colours(whole):

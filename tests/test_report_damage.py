@@ -174,6 +174,6 @@ def test_events_of_another_form_are_left_out(run, lines, expected):
 
 
 def test_what_nobody_thought_of_names_the_folder(run, monkeypatch):
-    monkeypatch.setattr("fastgen.report.runs._lacking", lambda record: {}["nobody thought of it"])
+    monkeypatch.setattr("fastgen.report.runs._lacking", lambda record, planned: {}["nobody thought of it"])
     with pytest.raises(UserError, match=r"tolerant_0: a file of it is damaged \(KeyError\('nobody thought of it'\)\)"):
         read_runs([run])

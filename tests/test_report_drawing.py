@@ -23,7 +23,7 @@ def chart(name="a", xs=(1.0, 2.0), **settings):
 
 def heat_map(names):
     values = tuple(tuple(float(row == column) for column in range(len(names))) for row in range(len(names)))
-    return HeatMap("t", "x", "y", values, tuple(names), "percent", (), "alt")
+    return HeatMap("t", "x", "y", values, 1.0, tuple(names), "percent", (), "alt")
 
 
 def texts(drawn):

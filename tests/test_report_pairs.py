@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import statistics
 
 import pytest
-from report_runs import copied, edit
+import yaml
+from report_runs import copied, edit, set_errors
 
+from fastgen.report.compare import compare
 from fastgen.report.contents import Wanted, report_of
 from fastgen.report.document import Paragraph, plain, words
 from fastgen.report.files import markdown
+from fastgen.report.groups import groups_of
 from fastgen.report.runs import read_runs
+from fastgen.report.tables import COMPARED
 
 TOLERANT, PLAIN = "tolerant D(0.6, 0.6)", "plain D(1.0, 0.0)"
 
@@ -40,7 +45,7 @@ def errors_of(folder, *runs):
 
 def test_seeds_that_do_not_pair_are_told(report_runs):
     document = document_of(report_runs, "tolerant_1", "tolerant_2", "plain_0")
-    assert plain(document.headline) == "Nothing to compare: no seed has generation 1 of both recipes."
+    assert plain(document.headline) == "Nothing to compare yet: no seed has generation 1 of both recipes."
     assert f"{TOLERANT}: seeds 1, 2 have no run of {PLAIN}." in lines_of(document)
     one = lines_of(document_of(report_runs, "tolerant_0", "tolerant_1", "plain_0"))
     assert f"{TOLERANT}: seed 1 has no run of {PLAIN}." in one
@@ -50,9 +55,134 @@ def test_a_last_generation_that_does_not_pair_is_told(report_runs, tmp_path):
     here = copied(report_runs, tmp_path / "x", "tolerant_0", "tolerant_1", "plain_0", "plain_1")
     cut(here / "tolerant_0")
     cut(here / "plain_1")
-    assert plain(document_of(here).headline) == "Nothing to compare: no seed has generation 1 of both recipes."
+    assert plain(document_of(here).headline) == "Nothing to compare yet: no seed has generation 1 of both recipes."
     cut(here / "plain_0")
+    # What is tested is what is planned, not what happens to be measured.
+    assert plain(document_of(here).headline) == "Nothing to compare yet: no seed has generation 1 of both recipes."
+
+
+def cut_from_plan(run):
+    """Makes it a run that was to have its patriarch alone."""
+    cut(run)
+    edit(run / "plan.json", lambda plan: plan.pop() and None)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["gen"]["generations"] = 0
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def comparison_of(folder):
+    return compare(groups_of(read_runs([folder]).runs), tuple(COMPARED))
+
+
+SEEDS = (0, 1, 2)
+TOLERANTS, PLAINS = ([f"{kind}_{seed}" for seed in SEEDS] for kind in ("tolerant", "plain"))
+
+
+def test_networks_without_a_common_seed_are_not_the_same(report_runs, tmp_path):
+    comparison = comparison_of(copied(report_runs, tmp_path / "x", "tolerant_1", "tolerant_2", "plain_0"))
+    assert comparison.contrasts
+    assert not any(contrast.same_networks for contrast in comparison.contrasts)
+    # Seeds that have generation 0 in common and generation 1 not.
+    here = copied(report_runs, tmp_path / "y", "tolerant_0", "tolerant_1", "plain_0", "plain_1")
+    cut(here / "tolerant_1")
+    cut(here / "plain_0")
+    assert not any(contrast.same_networks for contrast in comparison_of(here).contrasts)
+
+
+def test_the_baseline_is_the_one_that_has_students(report_runs, tmp_path):
+    here = copied(report_runs, tmp_path / "x", *TOLERANTS, *PLAINS)
+    for seed in SEEDS:
+        # They come first.
+        shutil.copytree(here / f"plain_{seed}", here / f"a_plain_{seed}", symlinks=True)
+        cut_from_plan(here / f"a_plain_{seed}")
+    comparison = comparison_of(here)
+    assert {baseline.settings["gen.generations"] for baseline in comparison.baseline_of.values()} == {1}
+    assert [(contrast.generation, contrast.difference.pairs) for contrast in comparison.tested] == [(1, 3), (1, 3)]
+
+
+def test_patriarchs_are_not_the_result_of_a_run_under_way(report_runs, tmp_path):
+    here = copied(report_runs, tmp_path / "x", *TOLERANTS, *PLAINS)
+    for name in (*TOLERANTS, *PLAINS):
+        cut(here / name)
+    assert comparison_of(here).tested == []
+    assert plain(document_of(here).headline) == "Nothing to compare yet: no seed has generation 1 of both recipes."
+    alone = copied(report_runs, tmp_path / "y", *TOLERANTS)
+    for name in TOLERANTS:
+        cut(alone / name)
+    assert plain(document_of(alone).headline).endswith("; nothing is given to compare it with.")
+
+
+def test_patriarchs_alone_are_tested_once(report_runs, tmp_path):
+    here = copied(report_runs, tmp_path / "x", *TOLERANTS, *PLAINS)
+    for name in (*TOLERANTS, *PLAINS):
+        cut_from_plan(here / name)
+    # The ensemble of generation 0 is the network itself.
+    assert [(c.generation, c.measure) for c in comparison_of(here).tested] == [(0, "top1_error")]
+
+
+def test_students_are_missing_where_the_baseline_is_to_have_none(report_runs, tmp_path):
+    here = copied(report_runs, tmp_path / "x", *TOLERANTS, *PLAINS)
+    for name in PLAINS:
+        cut_from_plan(here / name)
     assert "no student stands beside a network of the baseline" in plain(document_of(here).headline)
+
+
+def test_an_ensemble_beside_its_patriarch_may_be_the_headline(report_runs, tmp_path):
+    here = copied(report_runs, tmp_path / "x", *TOLERANTS)
+    for seed, name in enumerate(TOLERANTS):
+        set_errors(here / name, 0, top1_error=30.0 + seed, ensemble_top1_error=30.0 + seed)
+        set_errors(here / name, 1, top1_error=30.0 + 2 * seed, ensemble_top1_error=25.0 + 1.01 * seed)
+    headline = plain(document_of(here).headline)
+    assert headline.startswith(f"The ensemble of 0 to 1 of {TOLERANT} makes fewer errors than its patriarch: −4.99")
+
+
+def with_settings(run, to, errors=None, **settings):
+    """A copy of a run under another recipe."""
+    shutil.copytree(run, to, symlinks=True)
+    recipe = yaml.safe_load((to / "recipe.yaml").read_text())
+    for path, value in settings.items():
+        section, key = path.split("__")
+        recipe[section][key] = value
+    (to / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    if errors is not None:
+        set_errors(to, 1, top1_error=errors, ensemble_top1_error=errors)
+
+
+def test_what_the_headline_tells_stands_first_with_its_test_and_its_cautions(report_runs, tmp_path):
+    here = copied(report_runs, tmp_path / "x", *PLAINS)
+    for seed in SEEDS:
+        set_errors(here / f"plain_{seed}", 1, top1_error=30.0 + seed, ensemble_top1_error=30.0 + seed)
+        for n, epochs in enumerate((2, 2, 2, 2, 2, 7)):
+            # Of the last recipe alone, differences are far from 0 and alike.
+            own = 20.0 + seed + 0.01 * seed if epochs == 7 else 30.0 + (seed * n) % 3
+            settings = {"gen__teacher_weight": 0.3 + n / 10, "train__epochs": epochs}
+            with_settings(report_runs / f"tolerant_{seed}", here / f"t{n}_{seed}", own, **settings)
+    document = document_of(here)
+    assert "tolerant D(0.6, 0.8), epochs=7 makes fewer errors" in plain(document.headline)
+    lines = [plain(line) for line in document.details]
+    assert lines[0].startswith("tolerant D(0.6, 0.8), epochs=7, generation 1: ")
+    assert "over 3 pairs (p < 0.0001, told apart)" in lines[0]
+    assert (
+        "tolerant D(0.6, 0.8), epochs=7 and plain D(1.0, 0.0), epochs=2 differ in more than the method: train.epochs."
+        in lines
+    )
+    assert "The tests of 6 more are in the tables." in lines
+    table = next(table for table in document.tables() if table.name == "tests")
+    assert len(table.rows) == 12
+
+
+def test_settings_without_a_say_tell_nothing(report_runs, tmp_path):
+    here = tmp_path / "x"
+    here.mkdir()
+    with_settings(report_runs / "tolerant_0", here / "tolerant", gen__k=3)
+    # Plain training has no use for K, nor, without students, for a teacher's weight.
+    with_settings(report_runs / "plain_0", here / "plain", gen__k=5)
+    document = document_of(here)
+    assert [group.name for group in groups_of(read_runs([here]).runs)] == [PLAIN, TOLERANT]
+    assert not any("differ in more than the method" in plain(line) for line in document.details)
+    cut_from_plan(here / "plain")
+    with_settings(here / "plain", tmp_path / "y" / "plain", gen__teacher_weight=0.6)
+    assert [group.name for group in groups_of(read_runs([tmp_path / "y"]).runs)] == [PLAIN]
 
 
 def test_means_beside_a_difference_are_of_its_pairs(report_runs):

@@ -1,8 +1,9 @@
 """Recipes beside plain training, generation by generation, paired by seed; and which differences are beyond noise.
 
-What is tested is fixed before the results are seen: of each recipe its last generation that the baseline has too, its
-own top-1 error and that of the ensemble; a paired t-test each, and Holm's procedure over all of them. Plain networks
-get better with the generation too, as an ensemble, and by luck: so generation g is compared with generation g.
+What is tested is fixed before the results are seen: of each recipe the last generation that its plan and the baseline's
+have in common, its own top-1 error and that of the ensemble; a paired t-test each, and Holm's procedure over all of
+them. Plain networks get better with the generation too, as an ensemble, and by luck: so generation g is compared with
+generation g.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastgen.probe import told_apart
-from fastgen.report.groups import TOLD, Group, differing
+from fastgen.report.groups import Group, differing
 from fastgen.report.runs import Seed
 from fastgen.report.stats import Difference, difference_of
 
@@ -104,42 +105,64 @@ def compare(groups: Sequence[Group], measures: Sequence[str]) -> Comparison:
 
 
 def _nearest(group: Group, baselines: Sequence[Group]) -> Group:
-    """The one that differs in the fewest settings other than the method."""
-    return min(baselines, key=lambda baseline: len(other_settings(group, baseline)))
+    """The one that differs in the fewest settings other than the method; among these, that has the most beside it."""
+
+    def distance(baseline: Group) -> tuple[int, int, int]:
+        common = _common(group.generations, baseline.generations)
+        pairs = [seed for g in common for seed in group.nodes(g) if seed in baseline.nodes(g)]
+        return len(other_settings(group, baseline)), -len(_common(group.planned, baseline.planned)), -len(pairs)
+
+    return min(baselines, key=distance)
 
 
 def other_settings(group: Group, baseline: Group) -> list[str]:
-    """Settings beside the method in which two recipes differ."""
-    return [key for key in differing([group.settings, baseline.settings]) if key not in {*TOLD, "gen.generations"}]
+    """Settings beside the method, which is all of gen and teacher, in which two recipes differ."""
+    return [
+        key for key in differing([group.settings, baseline.settings]) if key.partition(".")[0] not in ("gen", "teacher")
+    ]
+
+
+def tested_generation(group: Group, baseline: Group) -> int | None:
+    """The last one that both are to train, measured or not; None: there is none of students."""
+    common = _common(group.planned, baseline.planned)
+    # Patriarchs are beside each other in the table; they are no result of students where there are to be some.
+    return common[-1] if common and (common[-1] > 0 or group.planned[-1] == 0) else None
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    return [generation for generation in one if generation in other]
 
 
 def _beside(group: Group, baseline: Group, measure: str) -> list[Contrast]:
-    common = [generation for generation in group.generations if generation in baseline.generations]
-    # Patriarchs are beside each other in the table; they are no result of students.
-    tested = common[-1] if common and (common[-1] > 0 or group.last == 0) else None
+    tested = tested_generation(group, baseline)
+    common = _common(group.generations, baseline.generations)
     return [_contrast(group, g, baseline, g, measure, tested=g == tested) for g in common]
 
 
 def _beside_patriarch(group: Group) -> list[Contrast]:
-    if len(group.generations) < 2 or group.kind == "plain":
-        return []
     first, last = group.generations[0], group.last
-    return [_contrast(group, last, group, first, measure, tested=True) for measure in TESTED]
+    if first > 0 or last == 0 or group.kind == "plain":
+        return []
+    tested = last == group.planned[-1]
+    return [_contrast(group, last, group, first, measure, tested=tested) for measure in TESTED]
 
 
 def _contrast(
     group: Group, generation: int, baseline: Group, baseline_generation: int, measure: str, *, tested: bool
 ) -> Contrast:
     difference = difference_of(group.values(measure, generation), baseline.values(measure, baseline_generation))
-    first = 0 if measure.startswith("ensemble") else generation
-    same = group is not baseline and all(_same_nodes(group, baseline, g) for g in range(first, generation + 1))
-    tested = tested and measure in TESTED and difference is not None
+    ensemble = measure.startswith("ensemble")
+    same = group is not baseline and _same_nodes(group, baseline, 0 if ensemble else generation, generation)
+    # The ensemble of generation 0 is the network itself.
+    tested = tested and measure in TESTED and difference is not None and not (ensemble and generation == 0)
     return Contrast(group, baseline, generation, baseline_generation, measure, difference, same, tested)
 
 
-def _same_nodes(group: Group, baseline: Group, generation: int) -> bool:
-    own, other = group.nodes(generation), baseline.nodes(generation)
-    return all(own[seed] == other[seed] for seed in own if seed in other)
+def _same_nodes(group: Group, baseline: Group, first: int, last: int) -> bool:
+    """Whether the networks of the generations first..last are the same ones, under every seed that both have."""
+    seeds = [seed for seed in group.nodes(last) if seed in baseline.nodes(last)]
+    pairs = [(group.nodes(g).get(seed), baseline.nodes(g).get(seed)) for g in range(first, last + 1) for seed in seeds]
+    return bool(pairs) and all(own is not None and own == other for own, other in pairs)
 
 
 def _tested(contrasts: Sequence[Contrast]) -> list[Contrast]:

@@ -30,6 +30,7 @@ from fastgen.report.tables import (
     error_tables,
     path_table,
     speed_table,
+    table_of_tests,
 )
 
 
@@ -110,7 +111,8 @@ def _facts(groups: Sequence[Group]) -> str:
 def _errors(groups: Sequence[Group], comparison: Comparison) -> tuple[Block, ...]:
     images = _images(groups)
     top1, top5 = error_tables(groups, comparison, images)
-    return top1, *difference_table(groups, comparison), error_figure(groups, images), top5
+    differences = *difference_table(groups, comparison), *table_of_tests(comparison)
+    return top1, *differences, error_figure(groups, images), top5
 
 
 def _confidence(groups: Sequence[Group]) -> tuple[Block, ...]:

@@ -116,10 +116,11 @@ class Chart:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A matrix, the darker the larger.
+    """A matrix, the stronger the larger.
 
     Attributes:
         values: rows from top to bottom.
+        full: value that has the full colour: what is compared has the same.
         names: of rows and columns alike; empty: they are too many to be named.
         unit: what the values are.
         breaks: rows and columns that begin a group, told by a line.
@@ -130,6 +131,7 @@ class HeatMap:
     x_label: str
     y_label: str
     values: tuple[tuple[float, ...], ...]
+    full: float
     names: tuple[str, ...]
     unit: str
     breaks: tuple[int, ...]

@@ -190,7 +190,7 @@ def _draw_heat_map(axis: Axes, panel: HeatMap) -> None:
 
     values = np.array(panel.values)
     # One hue, the fuller the more: it lies on a light ground as on a dark one. Square roots: many shares are small.
-    shares = np.sqrt(values / max(values.max(), 1e-9))
+    shares = np.sqrt(values / panel.full)
     pixels = np.empty((*values.shape, 4))
     pixels[..., :3], pixels[..., 3] = to_rgb("#2f81d6"), shares
     axis.imshow(pixels, interpolation="nearest")

@@ -229,34 +229,46 @@ def second_best_figures(groups: Sequence[Group]) -> list[Figure]:
 
 
 def _second_best(number: int, group: Group, content: Mapping[str, Any]) -> Figure:
-    maps = [_heat_map(content, found) for found in content["second_best"]]
-    named = bool(maps[0].names)
-    grouped = content["groups"] is not None and content["second_best"][0]["classes_per_cell"] == 1
+    shares = [_shares(found["counts"]) for found in content["second_best"]]
+    # One scale for all, as they are compared.
+    full = max(share for rows in shares for row in rows for share in row) or 1.0
+    maps = [_heat_map(content, found, rows, full) for found, rows in zip(content["second_best"], shares, strict=True)]
+    named, per_cell = bool(maps[0].names), content["second_best"][0]["classes_per_cell"]
+    grouped = content["groups"] is not None and per_cell == 1
     order = " in the order of their groups, with lines between these" if grouped else " by number"
+    cells = f", {per_cell} neighbours a row and column, so that the diagonal tells of others of the same cell"
     return Figure(
         name=f"second-best-{number}",
         title=f"Second-best classes: {group.name}",
         caption=words(
             f"{group.name}: how often each class is the highest-scored one other than the label, in percent of the "
-            f"label's training images{'' if named else f'; classes{order}'}. The stronger the more, on a scale of "
-            "square roots. Of the first seed that was analysed."
+            f"label's training images{'' if named else f'; classes{order}'}{cells if per_cell > 1 else ''}. The "
+            f"stronger the more, on a scale of square roots up to {full:.0f} %, the same for all generations. Of the "
+            "first seed that was analysed."
         ),
         panels=tuple(maps),
     )
 
 
-def _heat_map(content: Mapping[str, Any], found: Mapping[str, Any]) -> HeatMap:
-    counts, classes = found["counts"], len(found["counts"])
+def _shares(counts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """In percent of each row."""
+    return [[100 * count / max(sum(row), 1) for count in row] for row in counts]
+
+
+def _heat_map(
+    content: Mapping[str, Any], found: Mapping[str, Any], shares: Sequence[Sequence[float]], full: float
+) -> HeatMap:
+    classes = len(shares)
     grouped = content["groups"] is not None and found["classes_per_cell"] == 1
     groups = content["groups"]["of_class"] if grouped else ()
     order = sorted(range(classes), key=lambda c: groups[c]) if grouped else list(range(classes))
-    shares = [[100 * count / max(sum(row), 1) for count in row] for row in counts]
     names = content["class_names"] if classes <= MOST_NAMES and found["classes_per_cell"] == 1 else ()
     return HeatMap(
         title=f"generation {found['generation']}",
         x_label="second-best class",
         y_label="label",
         values=tuple(tuple(shares[row][column] for column in order) for row in order),
+        full=full,
         names=tuple(map(_short_name, names)),
         unit="percent of the label's images",
         breaks=tuple(n for n in range(1, len(order)) if grouped and groups[order[n]] != groups[order[n - 1]]),

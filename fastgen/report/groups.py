@@ -13,12 +13,13 @@ from fastgen.analysis_runs import by_recipe
 from fastgen.config import SECTIONS
 from fastgen.errors import UserError
 from fastgen.report.runs import Row, Run, Seed
+from fastgen.rules import PATRIARCHS_OWN
 from fastgen.spread import Spread, spread_of
 
 Kind = Literal["plain", "born-again", "other"]
 
-# What `_method` tells in words.
-TOLD = {"gen.patriarch", "gen.confidence", "gen.teacher_weight"}
+# Told otherwise than as settings: the method in words by `_method`.
+TOLD = {"gen.patriarch", "gen.confidence", "gen.teacher_weight", "gen.generations", "gen.only"}
 SEEDS = {"run.init_seed", "data.seed"}
 # Settings that decide weights, other than seeds: what tells recipes apart.
 DECISIVE = {
@@ -54,6 +55,11 @@ class Group:
     def last(self) -> int:
         """Generation that was measured last."""
         return self.generations[-1]
+
+    @property
+    def planned(self) -> list[int]:
+        """That its runs train, measured or not."""
+        return sorted({generation for run in self.runs for generation in run.planned})
 
     def rows(self, generation: int) -> Iterator[tuple[Run, Row]]:
         """Of all runs that have it."""
@@ -114,9 +120,12 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """What each recipe does, and what else differs; numbered where that is not enough."""
-    others = [key for key in differing(settings) if key not in {*TOLD, "gen.generations", "gen.only"}]
+    others = [key for key in differing(settings) if key not in TOLD and _tells_apart(key, settings)]
     # What is null is not set: it goes without saying.
-    told = [[setting_text(key, own[key]) for key in others if own[key] is not None] for own in settings]
+    told = [
+        [setting_text(key, own[key]) for key in others if own[key] is not None and _has_say(key, own)]
+        for own in settings
+    ]
     names = [", ".join([_method(own), *texts]) for own, texts in zip(settings, told, strict=True)]
     counts = Counter(names)
     names = [
@@ -124,6 +133,25 @@ def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, own in zip(names, settings, strict=True)
     ]
     return [f"{name} ({names[: n + 1].count(name)})" if names.count(name) > 1 else name for n, name in enumerate(names)]
+
+
+def _tells_apart(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
+    values = [own[key] for own in settings if _has_say(key, own)]
+    return any(value != values[0] for value in values)
+
+
+def _has_say(key: str, own: Mapping[str, Any]) -> bool:
+    """Whether a setting decides anything in this recipe; of one that does not, the value says nothing."""
+    patriarch = own["gen.patriarch"]
+    section, _, name = key.partition(".")
+    if section == "gen" and name in PATRIARCHS_OWN:
+        return bool(patriarch == PATRIARCHS_OWN[name])
+    if key == "gen.k":
+        tolerant = patriarch == "tolerant" and own["gen.confidence"] != 1
+        return tolerant or (_has_tolerant_students(own) and own["gen.student_k"] is None)
+    if key == "gen.temperature" or section == "teacher":
+        return _is_taught(own)
+    return True
 
 
 def setting_text(key: str, value: Any) -> str:
@@ -145,9 +173,10 @@ def value_text(value: Any) -> str:
 
 def _method(settings: Mapping[str, Any]) -> str:
     """In the notation of arXiv 1805.05551: D(confidence of the patriarch, weight of the teacher)."""
-    weight = _decimal(settings["gen.teacher_weight"])
+    kind = _kind(settings)
+    # Of plain training, whatever is set: there is no student, or none has a teacher.
+    weight = "0.0" if kind == "plain" else _decimal(settings["gen.teacher_weight"])
     if _is_cross_entropy(settings):
-        kind = _kind(settings)
         return f"{'cross-entropy' if kind == 'other' else kind} D(1.0, {weight})"
     patriarch = settings["gen.patriarch"]
     if patriarch == "tolerant":
@@ -167,9 +196,16 @@ def _is_cross_entropy(settings: Mapping[str, Any]) -> bool:
 
 
 def _kind(settings: Mapping[str, Any]) -> Kind:
-    tolerant_students = settings.get("gen.student_confidence", 1) != 1
-    if not _is_cross_entropy(settings) or tolerant_students:
+    if not _is_cross_entropy(settings) or _has_tolerant_students(settings):
         return "other"
+    return "born-again" if _is_taught(settings) else "plain"
+
+
+def _has_tolerant_students(settings: Mapping[str, Any]) -> bool:
+    return bool(settings["gen.generations"]) and settings.get("gen.student_confidence", 1) != 1
+
+
+def _is_taught(settings: Mapping[str, Any]) -> bool:
+    """Whether a student has a teacher."""
     weights = settings["gen.teacher_weight"]
-    taught = any(weights) if isinstance(weights, list) else bool(weights)
-    return "born-again" if taught and settings["gen.generations"] else "plain"
+    return bool(settings["gen.generations"]) and (any(weights) if isinstance(weights, list) else bool(weights))

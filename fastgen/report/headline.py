@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastgen.report.compare import Comparison, Contrast, other_settings
+from fastgen.report.compare import Comparison, Contrast, other_settings, tested_generation
 from fastgen.report.document import Span, Words, code, strong, words
 from fastgen.report.groups import Group
 from fastgen.report.stats import difference_text, p_text, spread_text
@@ -16,34 +16,34 @@ MOST_TOLD, MOST_DETAILS = 3, 6
 
 def headline(groups: Sequence[Group], comparison: Comparison) -> Words:
     """The sentence."""
-    own_errors = [c for c in comparison.tested if c.measure == "top1_error"]
     apart = [contrast for contrast in comparison.tested if contrast.apart]
     if comparison.within:
-        return _within(groups, own_errors)
+        return _within(groups, comparison.tested)
     if not comparison.tested:
-        return words(_nothing_tested(comparison))
+        return words(_nothing_tested(groups, comparison))
     if not apart:
         return words(_nothing_apart(comparison.tested))
     return words(*_all_told(apart), ".")
 
 
 def details(groups: Sequence[Group], comparison: Comparison) -> tuple[Words, ...]:
-    """A line a comparison, and how to read them."""
-    tested = comparison.tested
+    """A line a comparison, those that the headline tells first, and how to read them."""
+    tested = sorted(comparison.tested, key=lambda contrast: not contrast.apart)
     shown = [_detail(contrast) for contrast in tested[:MOST_DETAILS]]
     more = len(tested) - len(shown)
-    left = [words(f"{more} more comparisons are in the tables.")] if more else []
+    left = [words(f"The tests of {more} more are in the tables.")] if more else []
     alone = [] if tested else [_alone(group) for group in groups[:MOST_DETAILS]]
     return (*alone, *shown, *left, *_cautions(groups, comparison))
 
 
-def _nothing_tested(comparison: Comparison) -> str:
-    # Patriarchs are beside each other, too, and no result of students.
-    students = [contrast for contrast in comparison.contrasts if contrast.generation > 0]
-    if not students:
-        return "Nothing to compare yet: no student stands beside a network of the baseline of its generation."
-    last = max(contrast.generation for contrast in students)
-    return f"Nothing to compare: no seed has generation {last} of both recipes."
+def _nothing_tested(groups: Sequence[Group], comparison: Comparison) -> str:
+    compared = [(group, comparison.baseline_of.get(group.name)) for group in groups]
+    lasts = [tested_generation(group, baseline) for group, baseline in compared if baseline is not None]
+    known = sorted({last for last in lasts if last is not None})
+    if not known:
+        return "Nothing to compare: no student stands beside a network of the baseline of its generation."
+    which = f"generation {known[0]}" if len(known) == 1 else "the last generation"
+    return f"Nothing to compare yet: no seed has {which} of both recipes."
 
 
 def _nothing_apart(tested: Sequence[Contrast]) -> str:
@@ -55,20 +55,22 @@ def _nothing_apart(tested: Sequence[Contrast]) -> str:
     return f"Nothing is told apart: in {where} no difference stands out from the noise of the seeds."
 
 
-def _within(groups: Sequence[Group], own_errors: Sequence[Contrast]) -> Words:
-    if not own_errors and len(groups) > 1:
-        return words(f"{len(groups)} recipes of plain training, beside each other; none is tested against another.")
-    if not own_errors:
+def _within(groups: Sequence[Group], tested: Sequence[Contrast]) -> Words:
+    if not tested and len(groups) > 1:
+        return words(f"{len(groups)} recipes beside each other; none is tested against another.")
+    if not tested:
         best = groups[0].spread("top1_error", groups[0].last)
         text = f"{groups[0].name}, generation {groups[0].last}: {spread_text(best)} % top-1 error"
         return words(text, "; nothing is given to compare it with.")
     ends = ". No plain runs are given, so nothing is said of plain networks of that generation."
-    apart = [contrast for contrast in own_errors if contrast.apart]
+    apart = [contrast for contrast in tested if contrast.apart]
     if apart:
         return words(*_all_told(apart), ends)
-    if len(own_errors) == 1:
-        return words(f"The students of {own_errors[0].group.name} are not told apart from their own patriarch", ends)
-    return words(f"In none of {len(own_errors)} recipes can the students be told apart from their own patriarch", ends)
+    names = list(dict.fromkeys(contrast.group.name for contrast in tested))
+    if len(names) == 1:
+        last = tested[0].generation
+        return words(f"Generation {last} of {names[0]} and its ensemble are not told apart from the patriarch", ends)
+    return words(f"In none of {len(names)} recipes is the last generation told apart from its own patriarch", ends)
 
 
 def _all_told(apart: Sequence[Contrast]) -> list[str | Span]:
@@ -147,10 +149,18 @@ def _cautions(groups: Sequence[Group], comparison: Comparison) -> list[Words]:
                 ".",
             )
         )
-    for group in groups[:MOST_DETAILS]:
+    return [*lines, *_unlike(groups, comparison)]
+
+
+def _unlike(groups: Sequence[Group], comparison: Comparison) -> list[Words]:
+    """Recipes that differ from their baselines in more than what is compared; those alike in it in one line."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for group in groups:
         baseline = comparison.baseline_of.get(group.name)
         others = [] if baseline is None else other_settings(group, baseline)
         if baseline is not None and others:
-            named = ", ".join(others)
-            lines.append(words(f"{group.name} and {baseline.name} differ in more than the method: {named}."))
-    return lines
+            found.setdefault((baseline.name, ", ".join(others)), []).append(group.name)
+    return [
+        words(f"{' and '.join([*names, baseline])} differ in more than the method: {others}.")
+        for (baseline, others), names in found.items()
+    ]

@@ -34,7 +34,8 @@ class Run:
         analysis: content of analysis.json; None: there is none of these very networks.
         environment: content of environment.json; empty: it is damaged, or not there.
         histories: generation -> a row an epoch: `epoch`, `loss`, `accuracy` while training, and errors where evaluated.
-        lacking: what of its plan is not measured, and why; empty: nothing.
+        planned: generations that it trains, measured or not.
+        lacking: what of these is not measured, and why; empty: nothing.
         unfit: of files that cannot be used, what they are and what is missing for it.
     """
 
@@ -42,6 +43,7 @@ class Run:
     analysis: Mapping[str, Any] | None
     environment: Mapping[str, Any]
     histories: Mapping[int, Sequence[Row]]
+    planned: tuple[int, ...]
     lacking: str
     unfit: tuple[str, ...]
 
@@ -131,7 +133,8 @@ def _run(folder: Path) -> Run:
         analysis=analysis,
         environment=environment,
         histories={row["generation"]: _history(folder, row, by_nodes[row["generation"]] or ()) for row in rows},
-        lacking=_lacking(record),
+        planned=(planned := _planned(folder)),
+        lacking=_lacking(record, planned),
         unfit=_unfit(record, environment, analysis, damaged),
     )
 
@@ -176,9 +179,12 @@ def _epochs(events: Iterable[Row], generation: int) -> Sequence[Row]:
     return [found[epoch] for epoch in sorted(found)]
 
 
-def _lacking(record: RunRecord) -> str:
-    plan = json.loads((record.folder / "plan.json").read_text())
-    wanted = [generation["index"] for generation in plan if generation["train"]]
+def _planned(folder: Path) -> tuple[int, ...]:
+    plan = json.loads((folder / "plan.json").read_text())
+    return tuple(generation["index"] for generation in plan if generation["train"])
+
+
+def _lacking(record: RunRecord, wanted: Sequence[int]) -> str:
     told = {row["generation"] for row in record.results["generations"]}
     missing = [index for index in wanted if index not in told]
     if not missing:

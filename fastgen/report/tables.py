@@ -104,8 +104,8 @@ def difference_table(groups: Sequence[Group], comparison: Comparison) -> list[Ta
             caption=words(
                 f"Difference to the same generation of {'the baseline' if several else baselines[compared[0].name]}, "
                 "in points: mean ± standard error over pairs of runs with one seed. Negative: fewer "
-                "errors. Tested are the top-1 errors of the last common generation alone; bold: told apart. Same: both "
-                "are the very same networks."
+                "errors. Tested are the top-1 errors of the last generation that both train; bold: told apart. Same: "
+                "both are the very same networks."
             ),
             headings=("recipe", *(("minus",) if several else ()), "error", *(f"gen {g}" for g in generations)),
             rows=tuple(row(group, measure) for group in compared for measure in COMPARED),
@@ -116,16 +116,43 @@ def difference_table(groups: Sequence[Group], comparison: Comparison) -> list[Ta
     ]
 
 
+def table_of_tests(comparison: Comparison) -> list[Table]:
+    """Each test beside a baseline, with its pairs and p; where students stand beside patriarchs, it is told there."""
+    if comparison.within or not comparison.tested:
+        return []
+    return [
+        Table(
+            name="tests",
+            caption=words(
+                "What is tested: the last generation that both recipes train, by paired t-tests and Holm's procedure "
+                "over all of them; recipe minus baseline, in points: mean ± standard error over pairs of runs with one "
+                "seed. Bold: told apart."
+            ),
+            headings=("recipe", "baseline", "error", "generation", "difference", "pairs", "p"),
+            rows=tuple(
+                (Span(c.group.name), Span(c.baseline.name), Span(COMPARED[c.measure]), *_tested(c))
+                for c in comparison.tested
+            ),
+            text_columns=3,
+            merged_columns=2,
+            in_paper=True,
+        )
+    ]
+
+
+def _tested(contrast: Contrast) -> tuple[Span, ...]:
+    difference = contrast.difference
+    text = difference_text(difference)
+    pairs, p = ("0", None) if difference is None else (str(difference.pairs), difference.p)
+    told = strong(text) if contrast.apart else Span(text)
+    return Span(str(contrast.generation)), told, Span(pairs), Span(p_text(p).removeprefix("p = ").removeprefix("p "))
+
+
 def _within(comparison: Comparison) -> Table:
     """Of each recipe, its last generation minus its first one."""
 
     def row(contrast: Contrast) -> tuple[Span, ...]:
-        difference = contrast.difference
-        text = difference_text(difference)
-        pairs, p = ("0", None) if difference is None else (str(difference.pairs), difference.p)
-        named = (contrast.group.name, COMPARED[contrast.measure], str(contrast.generation))
-        told = strong(text) if contrast.apart else Span(text)
-        return (*map(Span, named), told, Span(pairs), Span(p_text(p).removeprefix("p = ").removeprefix("p ")))
+        return (Span(contrast.group.name), Span(COMPARED[contrast.measure]), *_tested(contrast))
 
     return Table(
         name="differences",
