@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,10 @@ BOUNDS: dict[Precision, float] = {"fp32": AGREE_RELATIVE, "bf16": 2.0**-6}
 
 
 def check_distributed(case: Case) -> Iterator[Outcome]:
-    """Every engine with DistributedDataParallel, its hook and (on a GPU) NCCL, captured where there are graphs.
+    """Every engine with DistributedDataParallel and its hook, captured where there are graphs.
 
-    One process sums what it has itself: losses must be those of the same engine without any of it.
+    One process sums what it has itself: losses must be those of the same engine without any of it. NCCL is set up and
+    called, but what it launches for one process is no proof of what it does with several.
     """
     with _joined_alone(case.device) as group, full_fp32():
         # Compilation takes most of the time on a CPU: it is done for one precision there.
@@ -56,4 +58,6 @@ def _joined_alone(device: torch.device) -> Iterator[Group]:
                 raise TypeError("this process is not one of the group")
             yield Group(control=control)
         finally:
+            # NCCL waits for all graphs that were captured with it; engines are in cycles.
+            gc.collect()
             dist.destroy_process_group()

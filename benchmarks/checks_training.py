@@ -192,12 +192,14 @@ RESUME_STEPS = RESUME_EPOCHS * -(-RESUME_IMAGES // RESUME_BATCH)
 
 
 def _resume_recipe(model: str) -> str:
+    # In this very process, which counts the steps, however many GPUs there are.
     return f"""\
 data: {{dataset: cifar100, train_limit: {RESUME_IMAGES}, val_limit: 100}}
 model: {{name: {model}}}
 train: {{epochs: {RESUME_EPOCHS}, batch_size: {RESUME_BATCH}, graph_steps: 2}}
 gen: {{generations: 1}}
 run: {{deterministic: true, eval_every_epochs: 1}}
+dist: {{processes: 1}}
 """
 
 

@@ -186,7 +186,7 @@ def _taker(
     working = _MarkingCopy(network, DTYPES[PRECISION], counter)
     live = teacher if kind.teacher == "folded" else None
     forward = _marking(_forward(model, kind, working.network, live), counter)
-    reducer = Reducer(forward, working, ALONE, CPU)
+    reducer = Reducer(forward, working, ALONE)
     learner = Learner(network, working, make_optimizer(network, train), make_scaler(train, CPU), reducer)
     prepare = make_prepare(_case(model).normaliser(DTYPES[PRECISION]))
     source = _FakeSource(_case(model).normaliser(DTYPES[PRECISION]))

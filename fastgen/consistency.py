@@ -14,6 +14,7 @@ Source: Dong, Liu, Shang, ICLR 2024, arXiv 2206.06661 (C times the mean squared 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -81,10 +82,7 @@ class Means:
         if self._restored:
             self.table_RC.copy_(self._picked(own, self._dealt_out()))
             self._restored, self._restored_NC = False, None
-        elif self._own is None:
-            # Steps that were only rehearsed have left something.
-            self.table_RC.zero_()
-        else:
+        elif self._own is not None:
             self.table_RC.copy_(self._picked(own, self._told(self._own)))
         self._own = own
         self._row_of[own] = np.arange(len(own))
@@ -110,6 +108,13 @@ class Means:
             new_BC = mean_BC + (p_BC.detach() - mean_BC) * self.rate
             self.table_RC.index_copy_(0, rows_B, new_BC.to(self.table_RC.dtype))
         return self.weight * (p_BC - mean_BC).square().sum(1).mean()
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """What steps on blank batches write, which is the first row, is put back afterwards."""
+        before_C = self.table_RC[0].clone()
+        yield
+        self.table_RC[0].copy_(before_C)
 
     def state(self) -> Tensor | None:
         """All of it, (N, C), for a checkpoint; to be asked for in all processes at once, and given to the main one."""
@@ -190,7 +195,7 @@ class MeansLoader:
             yield replace(batch, mean_rows=rows)
 
     def dress(self, batch: Batch) -> Batch:
-        """A raw batch with some rows."""
+        """A raw batch with some rows, see `Means.preserved`."""
         return replace(batch, mean_rows=torch.zeros_like(batch.labels))
 
 

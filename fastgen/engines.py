@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -111,10 +112,18 @@ class StepByStep:
         """Compiles, and lets libraries choose their algorithms."""
         plant = self._plant
         _rehearse_teacher(plant)
-        with plant.learner.preserved():
+        with _preserved(plant):
             # Every process takes as many steps here: shapes are told apart by their whole batches.
             for shape in plant.shapes:
                 plant.learner.step(plant.supply.dress(plant.blank(plant.own(shape))), 0.0, shape[0])
+
+
+@contextmanager
+def _preserved(plant: Plant) -> Iterator[None]:
+    """Whatever steps change is put back afterwards."""
+    means = plant.supply.means
+    with plant.learner.preserved(), nullcontext() if means is None else means.preserved():
+        yield
 
 
 def _rehearse_teacher(plant: Plant) -> None:
@@ -136,7 +145,8 @@ class GraphEngine:
 
     def __init__(self, plant: Plant) -> None:
         self._plant = plant
-        self._capture = Capture(joined=plant.learner.group.control is not None) if plant.device.type == "cuda" else None
+        joined, stream = plant.learner.group.control is not None, plant.learner.stream
+        self._capture = None if stream is None else Capture(stream, joined=joined)
         source = plant.supply.source
         programs: dict[tuple[int, ...], Program]
         if source is None:
@@ -220,7 +230,7 @@ class GraphEngine:
 
     def _make_ready(self, programs: Mapping[tuple[int, ...], Program]) -> None:
         """Warms all of them up, then captures them, the largest first: the others find their memory in its own."""
-        with self._plant.learner.preserved():
+        with _preserved(self._plant):
             for program in programs.values():
                 program.warm_up(self._capture)
             for key in sorted(programs, key=math.prod, reverse=True):

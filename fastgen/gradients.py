@@ -21,6 +21,8 @@ from fastgen.grade import Graded
 from fastgen.step import Forward
 from fastgen.working_copy import WorkingCopy
 
+# DDP times every hundredth step, too: it would wait for events, which no CUDA graph that is being captured may do.
+_NEVER = 2**31 - 1
 # torch 2.14 has a new name for it and warns of the old one.
 _KNOWN = inspect.signature(DistributedDataParallel.__init__).parameters
 _BUFFERS_ALONE: dict[str, Any] = {
@@ -35,18 +37,23 @@ class Reducer:
         forward: of a part of a batch, by the working copy.
         working: holds the weights.
         group: of the run.
-        device: where the weights are.
         parts: in which each process takes its share of a batch.
+        stream: on which steps will be captured; None: they are not, and run where they are called.
     """
 
     def __init__(
-        self, forward: Forward, working: WorkingCopy, group: Group, device: torch.device, parts: int = 1
+        self,
+        forward: Forward,
+        working: WorkingCopy,
+        group: Group,
+        parts: int = 1,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self._working = working
         self._forward = forward
         self._wrapped: DistributedDataParallel | None = None
         if group.control is not None:
-            self._wrapped = _wrapped(_Whole(working.network, forward), device, static=parts == 1)
+            self._wrapped = _wrapped(_Whole(working.network, forward), stream, static=parts == 1)
             # DDP compares annotations of a hook, which it takes for classes; ours are texts.
             self._wrapped.register_comm_hook(working, lambda working, bucket: _sum(working, bucket))
 
@@ -79,21 +86,23 @@ class _Whole(nn.Module):
         return self._call(*arguments)
 
 
-def _wrapped(whole: nn.Module, device: torch.device, *, static: bool) -> DistributedDataParallel:
+def _wrapped(whole: nn.Module, stream: torch.cuda.Stream | None, *, static: bool) -> DistributedDataParallel:
     # DDP counts the gradients of a static graph, those of passes that it is left out of too, and then sends sums that
     # are not whole (seen with torch 2.14.1): where there are such passes its graph is not static.
     def wrap() -> DistributedDataParallel:
         # Running statistics stay each process's own: nothing reads them while it trains (see `buffers`).
-        return DistributedDataParallel(whole, gradient_as_bucket_view=True, static_graph=static, **_BUFFERS_ALONE)
+        wrapped = DistributedDataParallel(whole, gradient_as_bucket_view=True, static_graph=static, **_BUFFERS_ALONE)
+        wrapped._set_ddp_runtime_logging_sample_rate(_NEVER)
+        return wrapped
 
-    if device.type != "cuda":
+    if stream is None:
         return wrap()
-    # So that a CUDA graph can capture its steps: torch's notes on graphs ask for another stream than the default one.
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
+    # Gradients are accumulated on the stream on which DDP was made: another one than the steps' would be waited for,
+    # parameter by parameter.
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         wrapped = wrap()
-    torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.current_stream().wait_stream(stream)
     return wrapped
 
 

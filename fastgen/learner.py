@@ -45,6 +45,7 @@ class Learner:
         group: of the run.
         accumulate_steps: parts of a batch, of all processes together, whose gradients are added up.
         lipschitz_weight: of the Lipschitz term; 0: there is none.
+        stream: on which its steps are to be captured; None: they are not.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Learner:
     group: Group = ALONE
     accumulate_steps: int = 1
     lipschitz_weight: float = 0.0
+    stream: torch.cuda.Stream | None = None
 
     def step(self, batch: Batch, lr: float | Tensor, images: int | None = None) -> Tally:
         """One step of SGD; nothing in it waits for the device.
@@ -165,9 +167,10 @@ def make_learner(
     """
     working = WorkingCopy(model, DTYPES[train.precision])
     forward = make_forward(working.network, grade, teacher, prepare, train.engine, shapes, lipschitz_weight)
-    reducer = Reducer(forward, working, group, device, own_parts(train.accumulate_steps, group.share))
+    stream = torch.cuda.Stream() if train.engine == "graph" and device.type == "cuda" else None
+    reducer = Reducer(forward, working, group, own_parts(train.accumulate_steps, group.share), stream)
     optimizer, scaler = make_optimizer(model, train), make_scaler(train, device)
-    return Learner(model, working, optimizer, scaler, reducer, group, train.accumulate_steps, lipschitz_weight)
+    return Learner(model, working, optimizer, scaler, reducer, group, train.accumulate_steps, lipschitz_weight, stream)
 
 
 def new_learner(

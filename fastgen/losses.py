@@ -86,7 +86,9 @@ def tolerant_adaptive(logits_BC: Tensor, labels_B: Tensor, confidence: float, k:
     logits_BC = _at_least_fp32(logits_BC)
     log_p_BC = logits_BC.log_softmax(dim=1)
     p_ranked_BK = log_p_BC.gather(1, rank(logits_BC, k)).exp()
-    before_BK = p_ranked_BK.detach().cumsum(1) - p_ranked_BK.detach()
+    # No cumsum: on a GPU torch has none for run.deterministic.
+    earlier_KK = torch.ones(k, k, dtype=torch.bool, device=logits_BC.device).tril(-1)
+    before_BK = (p_ranked_BK.detach()[:, None] * earlier_KK).sum(2)
     k_B = (before_BK < mass).sum(1).clamp(min=2).to(logits_BC.dtype)
     eta_B = (k_B - 1) / ((k_B - 1) + k_B * confidence)
     others_BK = torch.arange(k, device=logits_BC.device)[None] < k_B[:, None]

@@ -91,16 +91,17 @@ class Capture:
     Programs that run at the same time need a capture each, also for the workspaces that libraries keep by stream.
 
     Args:
+        stream: see `Learner.stream`.
         joined: whether gradients are summed over processes.
 
     Attributes:
         warm_up_passes: that a program needs before it can be captured.
     """
 
-    def __init__(self, *, joined: bool = False) -> None:
+    def __init__(self, stream: torch.cuda.Stream, *, joined: bool = False) -> None:
         self.warm_up_passes = DISTRIBUTED_WARM_UP_PASSES if joined else WARM_UP_PASSES
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream = stream
 
     @contextmanager
     def beside(self) -> Iterator[None]:

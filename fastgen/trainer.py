@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,8 @@ def train_generation(bench: Workbench, generation: Generation, node: Node, teach
             return
         schedule, stopwatch = make_schedule(train, len(bench.dataset.train)), Stopwatch(bench.device)
         with stopwatch.phase("warm_up"):
+            # Engines are in cycles: that of the generation before would keep its graphs' memory on the device.
+            gc.collect()
             if "compile" in (train.engine, bench.recipe.teacher.engine):
                 # Code of the generation before is of no more use, and counts towards torch's limit of compilations.
                 torch.compiler.reset()

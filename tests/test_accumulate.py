@@ -18,7 +18,7 @@ def learner_of(model, forward, accumulate_steps):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     working = WorkingCopy(model, torch.float32)
-    reducer = Reducer(forward, working, ALONE, torch.device("cpu"))
+    reducer = Reducer(forward, working, ALONE)
     return Learner(model, working, optimizer, scaler, reducer, ALONE, accumulate_steps)
 
 

@@ -13,10 +13,12 @@ import torch
 import yaml
 from conftest import tiny_recipe
 
-from benchmarks import baselines, ceilings, checks, common, gpu_check, queue, rigs, step, verdicts
+from benchmarks import baselines, ceilings, checks, checks_training, common, gpu_check, queue, rigs, step, verdicts
 from fastgen import losses
 from fastgen.checkpoint import read_weights
 from fastgen.errors import UserError, command
+from fastgen.launch import processes_wanted
+from fastgen.recipe import load_text
 
 CPU = torch.device("cpu")
 GENERATIONS = 2
@@ -159,6 +161,13 @@ def test_gpu_check_notices_a_wrong_view_and_a_broken_part(tmp_path, monkeypatch,
     assert "ZeroDivisionError" in captured.out
     assert "PASS  initial weights" in captured.out
     assert captured.err.count("\n") == 1
+
+
+def test_resuming_is_checked_in_this_process_however_many_gpus_there_are(monkeypatch):
+    # It counts the steps in here; processes of a launcher would never be stopped.
+    recipe = load_text(checks_training._resume_recipe("resnet8"), "resume.yaml")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert processes_wanted(recipe) == 1
 
 
 def test_not_a_number_does_not_pass():

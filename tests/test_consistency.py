@@ -159,13 +159,18 @@ def test_several_processes_go_on_from_what_one_had(tmp_path):
         assert torch.equal(table, full[torch.from_numpy(own)])
 
 
-def test_what_rehearsed_steps_have_left_is_forgotten():
-    means = make_means()
-    means.term(torch.full((2, CLASSES), 0.2), torch.tensor([0, 1]))
+def test_what_rehearsed_steps_write_is_put_back():
+    means, blank = make_means(), torch.zeros(2, dtype=torch.int64)
+    for epoch in range(2):
+        before = means.table_RC.clone()
+        with means.preserved():
+            means.term(torch.full((2, CLASSES), 0.2), blank)
+            assert not torch.equal(means.table_RC, before)
+        assert torch.equal(means.table_RC, before)
+        assert (means.state() is None) == (epoch == 0)
+        means.begin(epoch, views_of(orders()[epoch]))
+        means.term(torch.full((2, CLASSES), 0.1), torch.tensor([0, 1]))
     assert means.table_RC.any()
-    assert means.state() is None
-    means.begin(0, views_of(orders()[0]))
-    assert not means.table_RC.any()
 
 
 def test_a_grade_without_means_is_refused():
@@ -250,6 +255,24 @@ def _killed_at(step, right):
 def test_programs_take_the_steps_of_eager(whole, tmp_path):
     """The engine of CUDA graphs, not captured: the same operators in the same order."""
     require_equal(weights(run(tmp_path, "programs", "--train.engine=graph")), weights(whole))
+
+
+def test_a_program_that_is_made_in_the_middle_of_an_epoch_leaves_the_means_alone(whole, tmp_path, monkeypatch):
+    right = trainer.Training.take
+
+    def take(training, tally):
+        right(training, tally)
+        if training.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # Four steps an epoch, in programs of two: stopped behind the first one, it needs a program of one step, too.
+    words = "--gen.consistency_weight=20.0", "--train.batch_size=50", "--train.engine=graph"
+    expected = weights(run(tmp_path, "undisturbed", *words))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Training, "take", take)
+        with pytest.raises(Stopped):
+            run(tmp_path, "stopped", *words, "--train.graph_steps=1")
+    require_equal(weights(run(tmp_path, "stopped", *words, "--train.graph_steps=2")), expected)
 
 
 def test_two_processes_take_the_very_steps_of_one_that_adds_up_two_parts(tmp_path, run_command):

@@ -136,6 +136,20 @@ def test_sixteen_bit_gradients_are_summed_in_fp32(by_two):
     assert furthest(by_two[name][0], by_one(name, 4)) < 1e-7
 
 
+def last_timed(group):
+    learner = learner_of(group, 1, **PLAIN)
+    images_NCHW, labels = torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64)
+    for _ in range(103):
+        learner.step(Batch(images_NCHW, labels, labels), 0.0, 2)
+    return learner.reducer._wrapped._get_ddp_logging_data()["iteration"]
+
+
+def test_gradients_are_not_timed_behind_the_first_steps(tmp_path):
+    # DDP waits for the device to tell how long a step took: as it was, of the first ten and of every hundredth, which
+    # may be one that is captured.
+    assert max(run_processes(tmp_path, 2, last_timed)) <= 10
+
+
 def test_synchronised_batch_norm_sees_the_whole_batch(by_two):
     name = "fp64, synchronised batch-norm"
     assert furthest(by_two[name][0], by_one(name, 1), statistics=True) < 1e-12

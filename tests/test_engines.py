@@ -2,9 +2,9 @@
 
 import json
 import signal
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -243,10 +243,10 @@ class FakeCapture:
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_all_programs_are_warmed_up_then_captured_largest_first(monkeypatch, ahead):
     case, made = case_of(images=104), []
-    monkeypatch.setattr(engines, "Capture", lambda joined: made.append(FakeCapture()) or made[-1])
+    monkeypatch.setattr(engines, "Capture", lambda stream, joined: made.append(FakeCapture()) or made[-1])
     plant = plant_of(case, "graph", ahead=ahead)
     object.__setattr__(plant.train, "graph_steps", 4)
-    object.__setattr__(plant, "device", SimpleNamespace(type="cuda"))
+    object.__setattr__(plant.learner, "stream", "a stream")
     monkeypatch.setattr(engines, "Program", lambda body, inputs, steps, device: Program(body, inputs, steps, CPU))
     before = {name: tensor.clone() for name, tensor in plant.learner.model.state_dict().items()}
     engine = GraphEngine(plant)
@@ -256,6 +256,21 @@ def test_all_programs_are_warmed_up_then_captured_largest_first(monkeypatch, ahe
     assert made[0].asked == ["warm up"] * 3 + images
     assert engine.how == "graphs of 4 steps"
     assert all(torch.equal(tensor, before[name]) for name, tensor in plant.learner.model.state_dict().items())
+
+
+def test_engines_of_earlier_generations_are_gone_when_the_next_is_made(write_recipe, tmp_path, monkeypatch):
+    alive, found, right = weakref.WeakSet(), [], GraphEngine.__init__
+
+    def noted(engine, plant):
+        found.append(len(alive))
+        alive.add(engine)
+        right(engine, plant)
+
+    monkeypatch.setattr(GraphEngine, "__init__", noted)
+    recipe = write_recipe(data__train_limit=150, train__engine="graph", gen__generations=2)
+    main(["--cfg", str(recipe), f"--run.dir={tmp_path / 'run'}"])
+    # Each would keep its graphs' memory on the GPU.
+    assert found == [0, 0, 0]
 
 
 def test_the_teacher_sees_the_same_groups_whatever_a_graph_holds():
