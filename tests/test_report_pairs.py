@@ -223,3 +223,14 @@ def test_a_fence_is_longer_than_what_it_holds(text, fence):
 
     told = markdown(Document("t", "f", words("h"), (), (Section("s", "S", (Code("c", text),)),)))
     assert f"\n{fence}\n{text}\n{fence}\n" in told
+
+
+def test_what_is_off_by_default_goes_without_saying(report_runs, tmp_path):
+    here = tmp_path / "x"
+    here.mkdir()
+    with_settings(report_runs / "tolerant_0", here / "one")
+    with_settings(report_runs / "tolerant_0", here / "two", gen__ensemble_teachers=2)
+    with_settings(report_runs / "tolerant_0", here / "warm", gen__temperature=2.0)
+    assert [group.name for group in groups_of(read_runs([here]).runs)] == [
+        f"{TOLERANT}, temperature=1", f"{TOLERANT}, temperature=1, ensemble_teachers=2", f"{TOLERANT}, temperature=2",
+    ]  # fmt: skip

@@ -28,6 +28,13 @@ DECISIVE = {
     for f in fields(settings)
     if f.metadata["decides"] and (key := f"{section}.{f.name}") not in SEEDS
 }
+# What is off unless it is asked for, such as several teachers: of a recipe without it nobody says so.
+UNSAID = {
+    f"{section}.{f.name}": f.default
+    for section, settings in SECTIONS.items()
+    for f in fields(settings)
+    if f.metadata["silent"]
+}
 
 
 @dataclass(frozen=True)
@@ -121,11 +128,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """What each recipe does, and what else differs; numbered where that is not enough."""
     others = [key for key in differing(settings) if key not in TOLD and _tells_apart(key, settings)]
-    # What is null is not set: it goes without saying.
-    told = [
-        [setting_text(key, own[key]) for key in others if own[key] is not None and _has_say(key, own)]
-        for own in settings
-    ]
+    told = [[setting_text(key, own[key]) for key in others if _is_said(key, own)] for own in settings]
     names = [", ".join([_method(own), *texts]) for own, texts in zip(settings, told, strict=True)]
     counts = Counter(names)
     names = [
@@ -138,6 +141,12 @@ def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 def _tells_apart(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
     values = [own[key] for own in settings if _has_say(key, own)]
     return any(value != values[0] for value in values)
+
+
+def _is_said(key: str, own: Mapping[str, Any]) -> bool:
+    # What is null is not set.
+    unset = own[key] is None or (key in UNSAID and own[key] == UNSAID[key])
+    return not unset and _has_say(key, own)
 
 
 def _has_say(key: str, own: Mapping[str, Any]) -> bool:
