@@ -11,6 +11,8 @@ import pytest
 import yaml
 from report_runs import copied, edit, set_errors
 
+from fastgen.errors import command
+from fastgen.report.__main__ import main
 from fastgen.report.compare import compare
 from fastgen.report.contents import Wanted, report_of
 from fastgen.report.document import Paragraph, plain, words
@@ -234,3 +236,22 @@ def test_what_is_off_by_default_goes_without_saying(report_runs, tmp_path):
     assert [group.name for group in groups_of(read_runs([here]).runs)] == [
         f"{TOLERANT}, temperature=1", f"{TOLERANT}, temperature=1, ensemble_teachers=2", f"{TOLERANT}, temperature=2",
     ]  # fmt: skip
+
+
+def test_a_baseline_that_is_named_is_what_others_are_compared_with(report_runs, tmp_path, capfd):
+    runs = [str(report_runs / name) for name in (*TOLERANTS, *PLAINS)]
+    words_ = [*runs, "--samples=0", f"--to={tmp_path / 'report'}"]
+    assert command(main, [*words_, f"--baseline={report_runs / 'tolerant_1'}"]) == 0
+    told = (tmp_path / "report" / "report.md").read_text()
+    assert f"Difference to the same generation of {TOLERANT}" in told
+    values = [statistics.mean(float(errors_of(report_runs, run)) for run in names) for names in (PLAINS, TOLERANTS)]
+    row = next(line for line in told.splitlines() if line.startswith(f"| {PLAIN} | {TOLERANT} | top-1, single"))
+    assert float(row.split("|")[5].split("±")[0].strip(" *").replace("−", "-")) == pytest.approx(
+        values[0] - values[1], abs=0.02
+    )
+    capfd.readouterr()
+    assert command(main, [*words_, f"--baseline={tmp_path}"]) == 2
+    assert "is none of the runs that are measured: name one of them" in capfd.readouterr().err
+    assert command(main, [*runs[:3], "--samples=0", f"--to={tmp_path / 'other'}", f"--baseline={runs[0]}"]) == 2
+    assert "there is no other recipe to compare with it" in capfd.readouterr().err
+    assert not (tmp_path / "other").exists()

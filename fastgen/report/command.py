@@ -1,6 +1,6 @@
 """The command: what runs have shown, as one page, and as tables and figures beside it.
 
-    python -m fastgen.report RUN... [--to FOLDER] [--title TEXT] [--samples N] [--data.root=DIR]
+    python -m fastgen.report RUN... [--to FOLDER] [--title TEXT] [--baseline RUN] [--samples N] [--data.root=DIR]
 
 RUN: run folders, several seeds of a recipe and several recipes, or folders that hold them (a sweep's, or `runs`). It
 writes report.html, which opens from the file; report.md, tables.tex, results.csv, history.csv and figures/*.png.
@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> None:
     folder = options.to if options.to is not None else _default_folder(options.runs)
     found = read_runs(options.runs)
     require_own(folder)
-    document = report_of(found, Wanted(options.title, options.samples, options.root))
+    document = report_of(found, Wanted(options.title, options.samples, options.root, options.baseline))
     with Display(PatientConsole()).passes("writing the report", count_of(document), 1, unit="files") as passed:
         files = files_of(document, groups_of(found.runs), counted(passed))
     written = put(folder, files)
@@ -81,6 +81,10 @@ def _parser() -> Arguments:
     parser.add_argument(
         "--title", type=_one_line, metavar="TEXT", help="of the page; default the networks and the data set"
     )
+    parser.add_argument(
+        "--baseline", type=_folder, metavar="RUN", help="one of them: its recipe is what others are compared with; "
+        "default plain runs, else born-again ones, else each recipe's own patriarch",
+    )  # fmt: skip
     parser.add_argument(
         "--samples", type=_samples, default=SAMPLES, metavar="N", help=f"images that are shown; default {SAMPLES}"
     )

@@ -86,9 +86,16 @@ class Comparison:
         return [contrast for contrast in self.contrasts if contrast.tested]
 
 
-def compare(groups: Sequence[Group], measures: Sequence[str]) -> Comparison:
-    """Compares all recipes with plain ones, where there are none with born-again ones, else with their patriarchs."""
-    baselines = [g for g in groups if g.kind == "plain"] or [g for g in groups if g.kind == "born-again"]
+def compare(groups: Sequence[Group], measures: Sequence[str], chosen: Group | None = None) -> Comparison:
+    """Compares all recipes with plain ones, where there are none with born-again ones, else with their patriarchs.
+
+    Args:
+        groups: all of them.
+        measures: of results.json, that are compared.
+        chosen: the baseline of all others, where the person has named it.
+    """
+    plain = [group for group in groups if group.kind == "plain"]
+    baselines = [chosen] if chosen else plain or [group for group in groups if group.kind == "born-again"]
     names = {baseline.name for baseline in baselines}
     compared = [group for group in groups if group.name not in names]
     if not baselines or not compared:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from fastgen.errors import UserError
 from fastgen.report.advice import to_analyse
 from fastgen.report.compare import Comparison, compare
 from fastgen.report.document import Block, Document, Paragraph, Section, words
@@ -42,21 +44,24 @@ class Wanted:
         title: of the report; None: from the runs.
         samples: how many images are shown.
         root: folder of the data; None: where the recipe says.
+        baseline: run folder with whose recipe the others are compared; None: plain runs.
     """
 
     title: str | None
     samples: int
     root: str | None
+    baseline: Path | None = None
 
 
 def report_of(found: Found, wanted: Wanted) -> Document:
     """The whole report.
 
     Raises:
-        UserError: a training is named twice.
+        UserError: a training is named twice, or the baseline is none of the runs.
     """
     groups = groups_of(found.runs)
-    comparison = compare(groups, tuple(COMPARED))
+    chosen = None if wanted.baseline is None else _baseline(groups, wanted.baseline)
+    comparison = compare(groups, tuple(COMPARED), chosen)
     sections = (
         Section("missing", "What is missing", missing(groups, comparison, found.notes)),
         Section("errors", "Errors", _errors(groups, comparison)),
@@ -75,6 +80,15 @@ def report_of(found: Found, wanted: Wanted) -> Document:
         details=details(groups, comparison),
         sections=tuple(section for section in sections if section.blocks),
     )
+
+
+def _baseline(groups: Sequence[Group], folder: Path) -> Group:
+    for group in groups:
+        if any(run.record.folder.resolve() == folder.resolve() for run in group.runs):
+            if len(groups) == 1:
+                raise UserError(f"--baseline {folder}: there is no other recipe to compare with it: name more runs")
+            return group
+    raise UserError(f"--baseline {folder}: is none of the runs that are measured: name one of them")
 
 
 def _part(groups: Sequence[Group]) -> str:
