@@ -97,9 +97,10 @@ def rule_lines() -> Iterator[str]:
     """
     tree = ast.parse(Path(rules.__file__).read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    shared = _tables(tree.body)
     for function in functions:
         for bindings in _parameters(function, tree):
-            yield from dict.fromkeys(_lines_in(function.body, bindings, _tables(function)))
+            yield from dict.fromkeys(_lines_in(function.body, bindings, {**shared, **_tables(function.body)}))
 
 
 def _section(name: str, section: Any, told: Sequence[str]) -> str:
@@ -147,11 +148,11 @@ def _parameters(function: ast.FunctionDef, tree: ast.Module) -> Iterator[Binding
         yield {}
 
 
-def _tables(function: ast.FunctionDef) -> dict[str, ast.Dict]:
-    """The literal dicts that a function names."""
+def _tables(body: Sequence[ast.stmt]) -> dict[str, ast.Dict]:
+    """The literal dicts that are named in the first level of a module or function."""
     return {
         target.id: node.value
-        for node in ast.walk(function)
+        for node in body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
         for target in node.targets
         if isinstance(target, ast.Name)
