@@ -36,7 +36,7 @@ from fastgen.data.groups import groups_of
 from fastgen.data.split import Dataset
 from fastgen.device import choose_device
 from fastgen.errors import UserError
-from fastgen.evaluate import examination, load_network
+from fastgen.evaluate import examination, load_examined
 from fastgen.files import write_json
 from fastgen.measuring import EVALUATION_BATCH, Examination
 from fastgen.nodes import Node
@@ -120,7 +120,7 @@ def _networks(
         if not node.finished:
             notes.append(f"left out: generation {row['generation']}: its weights are not there any more")
             continue
-        networks.append(Network(row, load_network(recipe, dataset, node.weights, device).eval()))
+        networks.append(Network(row, load_examined(recipe, dataset, node.weights, device).eval()))
     if not networks:
         raise UserError(f"{run.folder}: holds no trained generation: train it first")
     told = [row["generation"] for row in run.results["generations"]]

@@ -195,20 +195,24 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, description
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
+def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     """Loads a network's weights from a safetensors file.
+
+    Returns:
+        the description that the file holds.
 
     Raises:
         UserError: they belong to another architecture or another number of classes; the line
             names the first tensor that differs.
     """
-    tensors, _ = read_weights(path)
+    tensors, description = read_weights(path)
     expected = model.state_dict()
     for name in [*expected, *tensors]:
         wanted, found = _shape(expected.get(name)), _shape(tensors.get(name))
         if wanted != found:
             raise UserError(f"{path}: is of another network: {name} is {found}, the recipe's model has {wanted}")
     model.load_state_dict(tensors)
+    return description
 
 
 def _shape(tensor: Tensor | None) -> str:

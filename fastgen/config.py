@@ -126,10 +126,14 @@ class DataSettings:
     pixel_shift: float = setting(
         0.0, "each colour channel of a training view is shifted by up to this value, of 255, to either side"
     )
-    train_limit: int | None = setting(None, "train on this many images, the same number of each class")
-    val_limit: int | None = setting(None, "evaluate on this many images, the same number of each class", decides=False)
+    train_limit: int | None = setting(None, "train on this many images, as many of each class, give or take one")
+    val_limit: int | None = setting(
+        None, "evaluate on this many images, as many of each class, give or take one", decides=False
+    )
     holdout: int = setting(
-        0, "keep this many training images, the same number of each class, and evaluate on them instead of the test set"
+        0,
+        "keep this many training images, as many of each class, give or take one, and evaluate on them instead of the "
+        "test set",
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastgen.augment import Normaliser
-from fastgen.checkpoint import load_weights
+from fastgen.checkpoint import load_weights, read_weights
 from fastgen.config import Recipe
 from fastgen.data import build_loader, open_dataset
 from fastgen.data.batch import Loader
@@ -35,6 +35,7 @@ from fastgen.progress import Display, PatientConsole
 from fastgen.recipe import read_recipe
 from fastgen.record import generations_in
 from fastgen.tables import measurement_table, print_table
+from fastgen.unseen import require_same_classes, require_same_network, require_unseen
 
 USAGE = "python -m fastgen.evaluate RUN_FOLDER [--analyse [--against RUN_FOLDER ...]]"
 
@@ -78,9 +79,25 @@ def load_network(
         Told: the main process found that, or another fault of the file.
     """
     model = network_of(recipe.model, dataset.facts)
-    group.in_turn(lambda: load_weights(weights, model) if group.main else None)
+    group.in_turn(lambda: _load(recipe, weights, model) if group.main else None)
     model.load_state_dict(group.agree(model.state_dict()))
     return channels_last(model.to(device))
+
+
+def _load(recipe: Recipe, weights: Path, model: nn.Module) -> None:
+    require_same_network(weights, load_weights(weights, model), recipe.model)
+
+
+def load_examined(recipe: Recipe, dataset: Dataset, weights: Path, device: torch.device) -> nn.Module:
+    """A network that is to be measured on the data set's evaluation: see `load_network`.
+
+    Raises:
+        UserError: it may have learned from these images, or is of other classes, or another network.
+    """
+    _, description = read_weights(weights)
+    require_unseen(weights, description, recipe, dataset)
+    require_same_classes(weights, description, dataset)
+    return load_network(recipe, dataset, weights, device)
 
 
 def main(words: Sequence[str]) -> None:
@@ -167,7 +184,7 @@ def _measure_all(
     on = examination(recipe, dataset, dataset.evaluation, loader, device)
     rows, members = [], []
     for name, weights in networks:
-        model = load_network(recipe, dataset, weights, device)
+        model = load_examined(recipe, dataset, weights, device)
         measurement, probabilities = measure(model, on)
         rows.append((name, measurement))
         members.append(probabilities)

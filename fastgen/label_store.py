@@ -15,6 +15,7 @@ others.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,6 +67,7 @@ class StoreKind:
         precision: of the teacher's pass, `fp32`, `bf16` or `fp16`.
         engine: how the teacher is run.
         truncation: of its logits.
+        weights: `weights_hash` of the teacher; empty: nobody has looked. A node that is trained anew has its old name.
     """
 
     teacher: str
@@ -78,6 +80,7 @@ class StoreKind:
     precision: str
     engine: str
     truncation: Truncation
+    weights: str = ""
 
     @property
     def description(self) -> dict[str, Any]:
@@ -106,6 +109,11 @@ class Whereabouts(NamedTuple):
 
     node: str
     weights: Path
+
+
+def weights_hash(weights: Sequence[Path]) -> str:
+    """Sixteen hexadecimal digits that name the content of weights files, in their order."""
+    return hash_of([hashlib.sha256(path.read_bytes()).hexdigest() for path in weights])[:16]
 
 
 def whereabouts(teachers: Sequence[Whereabouts]) -> dict[str, Any]:

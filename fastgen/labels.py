@@ -53,6 +53,7 @@ class TableKind:
         classes: of the data set.
         precision: of the teacher's pass, `fp32`, `bf16` or `fp16`.
         engine: how the teacher is run.
+        weights: `label_store.weights_hash` of the teacher; empty: nobody has looked.
     """
 
     teacher: str
@@ -64,6 +65,7 @@ class TableKind:
     classes: int
     precision: str
     engine: str
+    weights: str = ""
 
     @property
     def views(self) -> int:

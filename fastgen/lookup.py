@@ -14,6 +14,7 @@ from fastgen.errors import UserError
 from fastgen.evaluate import load_network
 from fastgen.nodes import Node, find_node, nodes_folder
 from fastgen.plan import Generation, Teacher
+from fastgen.unseen import require_same_classes, require_unseen
 
 # Why a teacher that seems to be there is another one.
 ENSEMBLES_RENAME = " (gen.ensemble_teachers is of all students: those before this one are others, too)"
@@ -41,12 +42,9 @@ def find_teacher(recipe: Recipe, dataset: Dataset) -> Teacher | None:
             f"gen.teacher = {recipe.gen.teacher}: was trained on {trained_on}, "
             f"the recipe's data set is {recipe.data.dataset}"
         )
+    require_same_classes(weights, description, dataset)
     load_network(teachers_recipe(recipe, weights), dataset, weights, torch.device("cpu"))
-    if description.get("holdout", recipe.data.holdout) != recipe.data.holdout:
-        raise UserError(
-            f"gen.teacher = {recipe.gen.teacher}: was trained with data.holdout = {description['holdout']}, "
-            f"the recipe has {recipe.data.holdout}: make them equal, or images of the evaluation may be known to it"
-        )
+    require_unseen(weights, description, recipe, dataset)
     return Teacher(_identity_of(weights), str(weights))
 
 

@@ -110,6 +110,7 @@ def read_recipe(words: Sequence[str], *, command: str = "python -m fastgen.train
     line = parse_words(words)
     from_file = _read_file(line.cfg)
     overrides = {key: _read_override(key, text) for key, text in line.overrides.items()}
+    _require_seed_is_heard(line.cfg, from_file, overrides)
     values = {**from_file, **overrides}
     recipe = with_seeds(_narrow_to_one_generation(_build(values), from_file, overrides))
     return _with_folders(recipe, line.cfg.stem)
@@ -217,6 +218,18 @@ def _narrow_to_one_generation(recipe: Recipe, from_file: Mapping[str, Any], over
             students[only - 1] = value
             narrowed[name] = tuple(students)
     return replace(recipe, gen=replace(recipe.gen, **narrowed)) if narrowed else recipe
+
+
+def _require_seed_is_heard(cfg: Path, from_file: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """In a run's own recipe.yaml all seeds are filled in, and `run.seed` decides nothing any more."""
+    asked, seeds = overrides.get("run.seed"), ("run.init_seed", "data.seed")
+    filled = [key for key in seeds if from_file.get(key) is not None and key not in overrides]
+    if asked is None or asked == from_file.get("run.seed", 0) or len(filled) < len(seeds):
+        return
+    raise UserError(
+        f"--run.seed={asked} has no say: {cfg} sets {' and '.join(filled)}, which it is the default of: give "
+        f"{' '.join(f'--{key}={asked}' for key in filled)} too"
+    )
 
 
 def _with_folders(recipe: Recipe, name: str) -> Recipe:

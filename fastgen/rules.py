@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastgen.data.facts import DATASETS
 from fastgen.errors import UserError
@@ -42,6 +42,10 @@ def check_recipe(recipe: Recipe) -> None:
 def _require(condition: bool, text: str) -> None:
     if not condition:
         raise UserError(text)
+
+
+def _default_of(section: Any, name: str) -> Any:
+    return next(field.default for field in fields(section) if field.name == name)
 
 
 def _check_run(run: RunSettings) -> None:
@@ -105,6 +109,10 @@ def _check_photographs(data: DataSettings) -> None:
     _require(
         0 <= data.rotation_degrees <= 180, f"data.rotation_degrees = {data.rotation_degrees}: give 0 to 180 degrees"
     )
+    _require(
+        data.augment == "standard" or (data.rotation_degrees == 0 and data.pixel_shift == 0),
+        "data.rotation_degrees and data.pixel_shift have no say with data.augment = none: leave them out",
+    )
     _require(0 <= data.pixel_shift <= 255, f"data.pixel_shift = {data.pixel_shift}: give 0 to 255")
 
 
@@ -156,6 +164,10 @@ def _check_train(train: TrainSettings) -> None:
         all(0 < at < 1 for at in train.lr_milestones) and list(train.lr_milestones) == sorted(set(train.lr_milestones)),
         f"train.lr_milestones = {list(train.lr_milestones)}: give rising fractions of the run, between 0 and 1",
     )
+    _require(
+        train.lr_schedule == "steps" or train.lr_milestones == _default_of(train, "lr_milestones"),
+        f"train.lr_milestones has no say with train.lr_schedule = {train.lr_schedule}: leave it out",
+    )
     _require(train.lr_factor > 0, f"train.lr_factor = {train.lr_factor}: give a factor above 0")
     _require(
         1 <= train.accumulate_steps <= train.batch_size,
@@ -194,7 +206,7 @@ def _check_gen(recipe: Recipe) -> None:
     )
     _require(gen.ensemble_teachers >= 1, f"gen.ensemble_teachers = {gen.ensemble_teachers}: give 1 or more")
     _require(
-        gen.ensemble_teachers == 1 or max(_listed(gen.teacher_weight)) > 0,
+        gen.ensemble_teachers == 1 or max(_listed(gen.teacher_weight), default=0) > 0,
         "gen.ensemble_teachers has no say with gen.teacher_weight = 0: leave it out",
     )
     _require(
@@ -207,6 +219,11 @@ def _check_gen(recipe: Recipe) -> None:
     _check_per_student("temperature", gen.temperature, gen.generations)
     for weight in _listed(gen.teacher_weight):
         _require(0 <= weight <= 1, f"gen.teacher_weight = {weight}: give a share in [0, 1]")
+    _require(
+        all(temperature == 1 for temperature in _listed(gen.temperature))
+        or max(_listed(gen.teacher_weight), default=0) > 0,
+        "gen.temperature has no say with gen.teacher_weight = 0: leave it out",
+    )
     for temperature in _listed(gen.temperature):
         _require(temperature > 0, f"gen.temperature = {temperature}: give a value above 0")
     _require(
@@ -231,9 +248,8 @@ def _check_gen(recipe: Recipe) -> None:
 def _check_patriarch(recipe: Recipe) -> None:
     gen = recipe.gen
     for name, owner in PATRIARCHS_OWN.items():
-        default = next(field.default for field in fields(gen) if field.name == name)
         _require(
-            gen.patriarch == owner or getattr(gen, name) == default,
+            gen.patriarch == owner or getattr(gen, name) == _default_of(gen, name),
             f"gen.{name} has no say with gen.patriarch = {gen.patriarch}: leave it out, or set gen.patriarch={owner}",
         )
     _require(
@@ -271,7 +287,7 @@ def _check_tolerant_students(recipe: Recipe, most: int) -> None:
             f"gen.student_confidence = {confidence}: give a value in [1/k, 1] = [{1 / k:.4g}, 1]",
         )
     _require(
-        gen.student_k is None or min(_listed(gen.student_confidence)) < 1,
+        gen.student_k is None or min(_listed(gen.student_confidence), default=1) < 1,
         "gen.student_k has no say with gen.student_confidence = 1: leave it out, or give a confidence below 1",
     )
     tolerant = [*(_listed(gen.student_confidence) if gen.generations else ()), gen.confidence]
@@ -281,7 +297,7 @@ def _check_tolerant_students(recipe: Recipe, most: int) -> None:
         "gen.k_mass needs a tolerant generation, with confidences of at least 0.5: a sample may have two classes alone",
     )
     _require(
-        recipe.train.kernels == "torch" or min(_listed(gen.student_confidence)) == 1,
+        recipe.train.kernels == "torch" or min(_listed(gen.student_confidence), default=1) == 1,
         "train.kernels = triton: there is no kernel of tolerant students: set train.kernels=torch",
     )
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from fastgen.arguments import Arguments
 from fastgen.errors import FastgenError, UserError, command
 from fastgen.label_parts import ROWS, SUFFIX, known_rows, missing_rows, read_columns, read_part
-from fastgen.label_store import Whereabouts
+from fastgen.label_store import Whereabouts, weights_hash
 from fastgen.labels import METADATA_KEY, table_damage, table_path
 from fastgen.locks import InUse, locked
 from fastgen.nodes import find_node, read_json
@@ -46,6 +46,7 @@ class Labels:
         state: how much of it is there.
         size_bytes: of all files.
         whereabouts: of all members of the teacher; none: that is not known.
+        weights: of these, `weights_hash`; empty: that is not known.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Labels:
     state: str
     size_bytes: int
     whereabouts: tuple[Whereabouts, ...] = ()
+    weights: str = ""
 
 
 def labels_in(nodes: Path) -> list[Labels]:
@@ -80,7 +82,8 @@ def _store(folder: Path) -> Labels:
     }
     state = ", ".join(f"{number} {what}" for what, number in counts.items() if number) or "nothing yet"
     kept = f"{cut['kept']} of {cut['classes']} classes, {cut['dtype']}"
-    return Labels(folder, "store", about["teacher"], kept, state, _size(folder), _whereabouts(about))
+    where, weights = _whereabouts(about), about.get("weights", "")
+    return Labels(folder, "store", about["teacher"], kept, state, _size(folder), where, weights)
 
 
 def _whereabouts(about: Mapping[str, Any]) -> tuple[Whereabouts, ...]:
@@ -116,7 +119,7 @@ def _table(folder: Path) -> Labels:
     kept = f"all {about['classes']} classes, {about['precision']}"
     place = folder / "teacher.json"
     where = _whereabouts(read_json(place)) if place.exists() else ()
-    return Labels(folder, "table", about["teacher"], kept, "all views", _size(folder), where)
+    return Labels(folder, "table", about["teacher"], kept, "all views", _size(folder), where, about.get("weights", ""))
 
 
 def _size(folder: Path) -> int:
@@ -177,10 +180,20 @@ def remove(found: Labels) -> None:
 
 
 def stale(nodes: Path, found: Labels) -> bool:
-    """Whether a member of the teacher is gone, as a node of these and where it was; of labels that do not say: no."""
-    return any(
-        not one.weights.exists() and (not one.node or find_node(nodes, one.node) is None) for one in found.whereabouts
-    )
+    """Whether a member of the teacher is gone, or trained anew with other weights; of labels that do not say: no."""
+    there = [_weights_now(nodes, one) for one in found.whereabouts]
+    weights = [path for path in there if path is not None]
+    if len(weights) < len(there):
+        return True
+    return bool(weights and found.weights) and weights_hash(weights) != found.weights
+
+
+def _weights_now(nodes: Path, one: Whereabouts) -> Path | None:
+    """Where it was, else as a node of these."""
+    if one.weights.exists():
+        return one.weights
+    node = find_node(nodes, one.node) if one.node else None
+    return None if node is None else node.weights
 
 
 def main(words: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from fastgen.errors import MachineError, UserError
 from fastgen.evaluate import load_network
 from fastgen.files import size_text, write_json
 from fastgen.label_parts import generation_folder
-from fastgen.label_store import LabelStore, StoreKind, Whereabouts, other_stores, whereabouts
+from fastgen.label_store import LabelStore, StoreKind, Whereabouts, other_stores, weights_hash, whereabouts
 from fastgen.labelling import TABLE_BATCH, build_table, claim_cost
 from fastgen.labels import LabelTable, TableKind, read_table, table_path
 from fastgen.locks import InUse, Lock, locked
@@ -36,12 +36,13 @@ from fastgen.views import EpochName
 from fastgen.workbench import Workbench
 
 
-def store_kind(recipe: Recipe, dataset: Dataset, teacher: str) -> StoreKind:
+def store_kind(recipe: Recipe, dataset: Dataset, teacher: str, weights: str = "") -> StoreKind:
     """What a teacher's label store is of.
 
     Args:
         recipe, dataset: of the student.
         teacher: id of its node, or of its weights file.
+        weights: `weights_hash`; empty: the teacher may not be trained yet, and the store is not opened.
     """
     return StoreKind(
         teacher=teacher,
@@ -54,6 +55,7 @@ def store_kind(recipe: Recipe, dataset: Dataset, teacher: str) -> StoreKind:
         precision=recipe.train.precision,
         engine=recipe.teacher.engine,
         truncation=truncation(dataset.facts.classes, recipe.teacher.store_classes, recipe.teacher.store_dtype),
+        weights=weights,
     )
 
 
@@ -89,7 +91,7 @@ def open_store(
     recipe, dataset, group = bench.recipe, bench.dataset, bench.group
     if generation.teacher is None:
         raise TypeError("a label store needs a teacher")
-    kind = store_kind(recipe, dataset, generation.teacher)
+    kind = store_kind(recipe, dataset, generation.teacher, _agreed_hash(group, weights))
     if dataset.facts.classes > MOST_STORED_CLASSES and not kind.truncation.dense:
         raise UserError(
             f"teacher.labels = store numbers classes up to {MOST_STORED_CLASSES}, the data set has "
@@ -221,7 +223,7 @@ def open_table(
         Stopped: a signal came; what is done of it is kept.
         UserError: the teacher is of another network, or the table is damaged.
     """
-    kind = _kind(bench, generation)
+    kind = _kind(bench, generation, _agreed_hash(bench.group, weights))
     folder = nodes_folder(bench.recipe) / "labels" / kind.key
     group = bench.group
     with stopwatch.phase("labels"):
@@ -264,7 +266,12 @@ def _build_table(
     bench.recorder.event("label_table", generation=generation.index, path=str(folder), teacher=teacher.how)
 
 
-def _kind(bench: Workbench, generation: Generation) -> TableKind:
+def _agreed_hash(group: Group, weights: Sequence[Path]) -> str:
+    """As the main process sees the files."""
+    return group.agree(group.in_turn(lambda: weights_hash(weights) if group.main else ""))
+
+
+def _kind(bench: Workbench, generation: Generation, weights: str) -> TableKind:
     recipe, dataset = bench.recipe, bench.dataset
     if not isinstance(dataset.crop, ShiftCrop) or generation.teacher is None:
         raise TypeError("a label table needs a teacher, and crops that are not resampled")
@@ -278,4 +285,5 @@ def _kind(bench: Workbench, generation: Generation) -> TableKind:
         classes=dataset.facts.classes,
         precision=recipe.train.precision,
         engine=recipe.teacher.engine,
+        weights=weights,
     )

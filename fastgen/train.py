@@ -123,6 +123,17 @@ def train(recipe: Recipe, group: Group, words: Sequence[str], began: float) -> N
             raise
 
 
+def _tell_taken_over(recorder: Recorder, recipe: Recipe, generation: Generation, node: Node, group: Group) -> None:
+    recorder.say(f"generation {generation.index} ({generation.node}) is trained already")
+    before = node.facts()["training"].get("processes", group.world)
+    if before != group.world and recipe.dist.batchnorm == "local":
+        # Its name does not tell: how many there are is of the machine, not of the recipe.
+        recorder.say(
+            f"generation {generation.index} was trained by {before} process{'es' if before > 1 else ''}, not "
+            f"{group.world}: its batch-norm saw other parts of a batch (dist.batchnorm=synchronised sees whole batches)"
+        )
+
+
 def _run(
     recipe: Recipe,
     dataset: Dataset,
@@ -151,7 +162,7 @@ def _run(
         if group.main:
             folder.link(generation, node)
         if group.agree(node.finished):
-            recorder.say(f"generation {generation.index} ({generation.node}) is trained already")
+            _tell_taken_over(recorder, recipe, generation, node, group)
         else:
             weights = teacher_weights(recipe, generation) if group.main else ()
             train_generation(bench, generation, node, group.agree(weights))

@@ -36,6 +36,7 @@ from fastgen.shapes import batch_shapes, part_shapes, view_sizes
 from fastgen.supply import Supply, make_supply
 from fastgen.teaching import epoch_names
 from fastgen.training import MEANS, Training
+from fastgen.unseen import origin
 from fastgen.views import EpochViews
 from fastgen.workbench import Workbench
 
@@ -338,7 +339,7 @@ def _finish(
         "channels": facts.channels,
         "mean": facts.mean,
         "std": facts.std,
-        "holdout": recipe.data.holdout,
+        **origin(recipe, bench.dataset),
         "generation": generation.index,
         "node": node.id,
     }

@@ -333,7 +333,7 @@ def subject(*models, name="resnet8", side_px=16):
     """Networks of ten classes, as if a run had trained them on small colour images."""
     tree = tiny_recipe(data__dataset="cifar10", model__name=name)
     recipe = replace_sections(tree)
-    members = tuple(Member(number, f"node{number}", model.eval()) for number, model in enumerate(models))
+    members = tuple(Member(number, f"node{number}", {}, model.eval()) for number, model in enumerate(models))
     return Subject("run", recipe, CIFAR, View(side_px, 1.0, 3), members)
 
 

@@ -255,3 +255,11 @@ def test_a_baseline_that_is_named_is_what_others_are_compared_with(report_runs, 
     assert command(main, [*runs[:3], "--samples=0", f"--to={tmp_path / 'other'}", f"--baseline={runs[0]}"]) == 2
     assert "there is no other recipe to compare with it" in capfd.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_unlike_numbers_of_processes_are_told(report_runs, tmp_path):
+    here = copied(report_runs, tmp_path / "x", "tolerant_0", "plain_0")
+    assert not any("processes" in line for line in lines_of(document_of(here)))
+    edit(here / "plain_0" / "results.json", lambda results: results["generations"][0].update(processes=8))
+    expected = "Trained by 1 or 8 processes: batch-norm saw other parts of a batch, which may move errors."
+    assert expected in lines_of(document_of(here))

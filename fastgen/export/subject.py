@@ -18,6 +18,7 @@ from fastgen.errors import UserError
 from fastgen.evaluate import load_network
 from fastgen.source import OwnFacts, Source, facts_of
 from fastgen.transfer_data import View, evaluation_view
+from fastgen.unseen import ORIGIN
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Member:
     Attributes:
         generation: its number.
         node: its name in the store.
+        origin: what its own file tells of the images that it learned from.
         model: fp32, in eval mode, on the CPU.
     """
 
     generation: int
     node: str | None
+    origin: Mapping[str, Any]
     model: nn.Module
 
     def in_fp64(self) -> nn.Module:
@@ -88,7 +91,7 @@ class Subject:
             "nodes": [member.node for member in members],
         }
         if len(members) == 1:
-            described |= {"generation": members[0].generation, "node": members[0].node}
+            described |= {"generation": members[0].generation, "node": members[0].node, **members[0].origin}
         return described
 
 
@@ -155,7 +158,8 @@ def load_subject(source: Source, generations: Sequence[int]) -> Subject:
         _, description = read_weights(path)
         facts = facts_of(source.recipe, description.get("classes"))
         model = load_network(source.recipe, OwnFacts(facts), path, torch.device("cpu")).eval()
-        members.append(Member(number, description.get("node"), model))
+        told = {key: description[key] for key in ORIGIN if key in description}
+        members.append(Member(number, description.get("node"), told, model))
     return Subject(source.name, source.recipe, facts, evaluation_view(source.recipe), tuple(members))
 
 

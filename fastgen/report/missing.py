@@ -88,9 +88,16 @@ def _not_analysed(groups: Sequence[Group]) -> list[Words]:
 
 def _machines(groups: Sequence[Group]) -> list[Words]:
     runs = [run for group in groups for run in group.runs]
+    processes = sorted({row.get("processes", 1) for run in runs for row in run.rows})
+    local = any(group.settings.get("dist.batchnorm", "local") == "local" for group in groups)
     devices = sorted({run.record.device for run in runs})
     commits = sorted({str(run.environment["commit"]) for run in runs if run.environment})
     lines = []
+    if len(processes) > 1 and local:
+        counts = " or ".join(map(str, processes))
+        lines.append(
+            words(f"Trained by {counts} processes: batch-norm saw other parts of a batch, which may move errors.")
+        )
     if len(devices) > 1:
         lines.append(words(f"Trained on {' and '.join(devices)}: seconds and images/s are not comparable."))
     if len(commits) > 1:
