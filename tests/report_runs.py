@@ -53,3 +53,15 @@ def set_errors(run: Path, generation: int, **errors: float) -> None:
         results["generations"][generation].update(errors)
 
     edit(run / "results.json", change)
+
+
+def with_settings(run, to, errors=None, **settings):
+    """A copy of a run under another recipe."""
+    shutil.copytree(run, to, symlinks=True)
+    recipe = yaml.safe_load((to / "recipe.yaml").read_text())
+    for path, value in settings.items():
+        section, key = path.split("__")
+        recipe[section][key] = value
+    (to / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    if errors is not None:
+        set_errors(to, 1, top1_error=errors, ensemble_top1_error=errors)

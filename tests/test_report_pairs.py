@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 import yaml
-from report_runs import copied, edit, set_errors
+from report_runs import copied, edit, set_errors, with_settings
 
 from fastgen.errors import command
 from fastgen.report.__main__ import main
@@ -136,18 +136,6 @@ def test_an_ensemble_beside_its_patriarch_may_be_the_headline(report_runs, tmp_p
         set_errors(here / name, 1, top1_error=30.0 + 2 * seed, ensemble_top1_error=25.0 + 1.01 * seed)
     headline = plain(document_of(here).headline)
     assert headline.startswith(f"The ensemble of 0 to 1 of {TOLERANT} makes fewer errors than its patriarch: −4.99")
-
-
-def with_settings(run, to, errors=None, **settings):
-    """A copy of a run under another recipe."""
-    shutil.copytree(run, to, symlinks=True)
-    recipe = yaml.safe_load((to / "recipe.yaml").read_text())
-    for path, value in settings.items():
-        section, key = path.split("__")
-        recipe[section][key] = value
-    (to / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    if errors is not None:
-        set_errors(to, 1, top1_error=errors, ensemble_top1_error=errors)
 
 
 def test_what_the_headline_tells_stands_first_with_its_test_and_its_cautions(report_runs, tmp_path):

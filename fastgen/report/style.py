@@ -108,7 +108,7 @@ thead th{border-bottom:1.5px solid var(--ink);border-top:1.5px solid var(--ink);
 th,td{padding:6px 10px;text-align:right;white-space:nowrap;vertical-align:top}
 th.text,td.text{text-align:left;font-weight:400}
 thead th.text{font-weight:600}
-th.name{white-space:normal;min-width:9.5em;max-width:22em;position:sticky;left:0;background:var(--ground)}
+th.name{white-space:normal;overflow-wrap:anywhere;min-width:9.5em;max-width:22em;position:sticky;left:0;background:var(--ground)}
 tbody tr.first>*{border-top:1px solid var(--line)}
 tbody tr:first-child>*{border-top:0}
 tbody .last{border-bottom:1.5px solid var(--ink)}
