@@ -109,10 +109,6 @@ def _check_photographs(data: DataSettings) -> None:
     _require(
         0 <= data.rotation_degrees <= 180, f"data.rotation_degrees = {data.rotation_degrees}: give 0 to 180 degrees"
     )
-    _require(
-        data.augment == "standard" or (data.rotation_degrees == 0 and data.pixel_shift == 0),
-        "data.rotation_degrees and data.pixel_shift have no say with data.augment = none: leave them out",
-    )
     _require(0 <= data.pixel_shift <= 255, f"data.pixel_shift = {data.pixel_shift}: give 0 to 255")
 
 
@@ -163,10 +159,6 @@ def _check_train(train: TrainSettings) -> None:
     _require(
         all(0 < at < 1 for at in train.lr_milestones) and list(train.lr_milestones) == sorted(set(train.lr_milestones)),
         f"train.lr_milestones = {list(train.lr_milestones)}: give rising fractions of the run, between 0 and 1",
-    )
-    _require(
-        train.lr_schedule == "steps" or train.lr_milestones == _default_of(train, "lr_milestones"),
-        f"train.lr_milestones has no say with train.lr_schedule = {train.lr_schedule}: leave it out",
     )
     _require(train.lr_factor > 0, f"train.lr_factor = {train.lr_factor}: give a factor above 0")
     _require(
@@ -219,11 +211,6 @@ def _check_gen(recipe: Recipe) -> None:
     _check_per_student("temperature", gen.temperature, gen.generations)
     for weight in _listed(gen.teacher_weight):
         _require(0 <= weight <= 1, f"gen.teacher_weight = {weight}: give a share in [0, 1]")
-    _require(
-        all(temperature == 1 for temperature in _listed(gen.temperature))
-        or max(_listed(gen.teacher_weight), default=0) > 0,
-        "gen.temperature has no say with gen.teacher_weight = 0: leave it out",
-    )
     for temperature in _listed(gen.temperature):
         _require(temperature > 0, f"gen.temperature = {temperature}: give a value above 0")
     _require(

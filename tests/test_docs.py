@@ -107,6 +107,15 @@ COMMANDS = {
     f"{TRIAL} --teacher.engine=fused": Run(),
     f"{TRIAL} --data.root=DIR": Run(places=CIFAR, after=(TRIAL,)),
     f"{TRIAL} --gen.student_confidence=0.8": Run(),
+    f"{TRIAL} --gen.ensemble_teachers=2": Planned(why="as those beside it"),
+    f"{TRIAL} --gen.confidence=1.0": Planned(why="a part of the next three"),
+    **{
+        f"{TRIAL} --gen.patriarch={words}": Planned("--gen.confidence=1.0", why="as those beside it")
+        for words in (
+            "label_smoothing --gen.smoothing=0.1", "confidence_penalty --gen.entropy_weight=0.1",
+            "soteacher --gen.lipschitz_weight=1e-5 --gen.consistency_weight=1.0",
+        )
+    },
     f"{TRIAL} --gen.k=10 --gen.k_mass=0.95": Run(),
     # repeats and sweeps
     REPEAT.format("c100_r20_gen", ""): Run(
@@ -126,6 +135,9 @@ COMMANDS = {
         )
         for weight in ("0.5", "0.0")
     },
+    f"{FIT} --run.seed=0 --run.dir=runs/ensemble-0 --gen.ensemble_teachers=2": Planned(FEW, CIFAR, why="as above"),
+    f"{FIT} --run.seed=0 --run.dir=runs/smoothing-0 --gen.generations=1 --gen.confidence=1.0 "
+    "--gen.patriarch=label_smoothing --gen.smoothing=0.1": Planned(FEW, CIFAR, why="as above"),
     SWEEP.format("rcp/c100_r20_gen.yaml --data.root=DIR")
     + "--grid gen.teacher_weight=0.5,0.6,0.7 --grid gen.confidence=0.6,1.0 --seeds 3": Planned(
         instead=DIGITS_HELD_OUT, why="66 trainings: tests/test_sweep.py", says="6 cells x 3 seeds"
@@ -201,6 +213,10 @@ COMMANDS = {
     "python -m fastgen.report RUN OTHER_RUN": Run("--to=beside", after=(TRIAL, OTHER)),
     "python -m fastgen.report runs": Run(places={"runs": "runs/base"}, after=(TRIAL,)),
     "python -m fastgen.report RUN OTHER_RUN --to FOLDER --title 'Teacher weights'": Run(after=(TRIAL, OTHER)),
+    "python -m fastgen.report runs --baseline runs/asis-0": Run(
+        instead={"runs --baseline runs/asis-0": "runs/base runs/other --to=against --baseline runs/base"},
+        after=(TRIAL, OTHER),
+    ),
     f"{EXPORT} --generation 1 --to FOLDER": Run(places={"FOLDER": "exported"}, after=(TRIAL,)),
     f"{EXPORT} --ensemble --to FOLDER --format onnx,safetensors --input pixels": Run(
         places={"FOLDER": "ensemble"}, after=(TRIAL,), library="onnx"

@@ -161,14 +161,11 @@ def test_a_seed_that_nobody_hears_is_refused(runs, capfd):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--train.lr_schedule=cosine", "--train.lr_milestones=[0.3]"], "train.lr_milestones has no say"),
-        (["--data.augment=none", "--data.rotation_degrees=5"], "have no say with data.augment = none"),
-        (["--gen.teacher_weight=0.0", "--gen.temperature=4"], "gen.temperature has no say"),
         (["--gen.teacher_weight=[]", "--gen.ensemble_teachers=2"], "gen.ensemble_teachers has no say"),
         (["--gen.student_confidence=[]", "--gen.student_k=3"], "gen.student_k has no say"),
     ],
 )
-def test_settings_without_a_say_are_refused(runs, words, told, capfd):
+def test_empty_lists_of_no_students_are_no_crash(runs, words, told, capfd):
     assert told in refused(train, "--cfg", runs / "tiny.yaml", "--run.dry=true", *words, capfd=capfd)
 
 
